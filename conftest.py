@@ -1,0 +1,26 @@
+"What every pytest run of this repository needs: groups for its workers, threads, a folder of its own, and peace between nbdev and nbval"
+import os, shutil, tempfile
+import pytest
+
+
+def pytest_configure(config):
+    "A run folder of its own, so that no test touches the runs of the person who tests, and one core per worker"
+    if 'NANOCHAT_BASE_DIR' not in os.environ:
+        config.nanochat_base = os.environ['NANOCHAT_BASE_DIR'] = tempfile.mkdtemp(prefix='nanochat-test-')     # workers inherit it
+    workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', '1'))
+    if workers > 1: os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // workers)))
+
+def pytest_unconfigure(config):
+    made = getattr(config, 'nanochat_base', None)
+    if made: shutil.rmtree(made, ignore_errors=True)
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "One worker takes a file as a whole; the notebooks of nbs/ are apart from each other, though one file tests them"
+    for item in items:
+        alone = item.path.name == 'test_nbs.py'
+        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.path.name))
+
+def pytest_itemcollected(item):
+    "nbval reads `execution_count: null` as 'never run', and nbdev-clean writes exactly that: make the two agree"
+    if type(item).__name__ == 'IPyNbCell' and item.cell.execution_count is None: item.cell.execution_count = 0

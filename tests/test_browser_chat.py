@@ -1,0 +1,215 @@
+"""The chat cell in JupyterLab, driven by a real browser: text grows, Stop stops, hostile text stays text.
+
+Skipped where Playwright or a Chromium is missing. `CHROMIUM` names another browser, `NANOCHAT_BROWSER_NOTEBOOK` a real
+notebook with a chat cell to drive too (its kernel gets the environment of this process, such as NANOCHAT_BASE_DIR)."""
+import json, os, shutil, signal, socket, subprocess, sys, time, urllib.request
+from pathlib import Path
+import nbformat, pytest
+
+pytestmark = pytest.mark.browser
+sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed: pip install nanochat[browser]')
+CHROMIUM = os.environ.get('CHROMIUM') or next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+if not CHROMIUM: pytest.skip('no Chromium: install one, or name it in CHROMIUM', allow_module_level=True)
+pytest.importorskip('jupyterlab', reason='jupyterlab is not installed: pip install nanochat[notebook]')
+pytest.importorskip('anywidget', reason='anywidget is not installed: pip install nanochat[notebook]')
+
+TOKEN = 'tok'
+LONG = 180                 # seconds: only a busy machine needs them
+FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update',
+         '--disable-sync']
+HOSTILE = '<img src=x onerror=alert(1)><script>alert(2)</script>'
+CELLS = ['''
+from types import SimpleNamespace
+from nanochat.chat import Chat
+from nanochat.engine import Event
+from nanochat.tokenizer import Tokenizer
+from nanochat.widget import ChatWidget
+
+class Scripted:
+    "Says what the question asks for"
+    tok, model = Tokenizer({bytes([i]): i for i in range(256)}), SimpleNamespace(cfg=SimpleNamespace(max_len=10**9))
+    def reply(self, conv, sampling=None, stop=None):
+        question = conv['messages'][-1]['content']
+        if 'fail' in question: raise RuntimeError('out of memory')
+        script = [('text', 'It is '), ('python', '37*24'), ('python_output', '888'), ('text', '888.')] if 'product' in question else \\
+                 [('text', question)] if '<' in question else [('text', 'A long answer. '*4000 if 'long' in question else 'A short answer.')]
+        for kind, text in script:
+            for i in range(0, len(text), 5):
+                if stop.wait(0.01): return
+                yield Event(0, 0, text[i:i+5], kind, kind == 'python_output', None)
+        yield Event(0, 0, '', 'text', False, 'stop')
+''', 'one = ChatWidget(Chat(Scripted()))\none', 'two = ChatWidget(Chat(Scripted()))\ntwo']
+
+def free_port():
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+
+@pytest.fixture(scope='module')
+def lab(tmp_path_factory):
+    "A JupyterLab of our own on loopback: (its address, its folder)"
+    home, port = tmp_path_factory.mktemp('lab'), free_port()
+    root = home/'root'; root.mkdir()
+    own = {f'JUPYTER_{k}_DIR': str(home/k.lower()) for k in ('CONFIG', 'DATA', 'RUNTIME')}
+    own |= {f'JUPYTERLAB_{k}_DIR': str(home/f'lab_{k.lower()}') for k in ('SETTINGS', 'WORKSPACES')} | {'IPYTHONDIR': str(home/'ipython')}
+    settings = {'apputils-extension/notification': {'fetchNews': 'false', 'checkForUpdates': False},
+                'notebook-extension/tracker': {'windowingMode': 'none'}}      # otherwise cells out of sight leave the page
+    for name, values in settings.items():
+        file = home/'lab_settings'/'@jupyterlab'/f'{name}.jupyterlab-settings'
+        file.parent.mkdir(parents=True); file.write_text(json.dumps(values))
+    log = open(home/'lab.log', 'w')
+    server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}',
+        '--ServerApp.port_retries=0', f'--ServerApp.root_dir={root}', f'--IdentityProvider.token={TOKEN}', '--LabApp.expose_app_in_browser=True',
+        '--LabApp.extension_manager=readonly', '--LabApp.news_url=',
+        '--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate'],
+        cwd=root, env={**os.environ, **own}, stdout=log, stderr=log, start_new_session=True)
+    url = f'http://127.0.0.1:{port}'
+    try:
+        for _ in range(300):
+            if server.poll() is not None: pytest.fail(f'JupyterLab ended: {(home/"lab.log").read_text()[-2000:]}')
+            try: urllib.request.urlopen(f'{url}/api?token={TOKEN}', timeout=1).close(); break
+            except OSError: time.sleep(0.1)
+        else: pytest.fail('JupyterLab did not start within 30 s')
+        yield url, root
+    finally:
+        server.terminate()                                  # shuts its kernels down, too
+        try: server.wait(10)
+        except subprocess.TimeoutExpired: os.killpg(server.pid, signal.SIGKILL)
+        log.close()
+
+@pytest.fixture(scope='module')
+def browser():
+    with sync_api.sync_playwright() as p:
+        b = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield b
+        b.close()
+
+def write(nb, path):
+    "With a kernel named, so that JupyterLab does not ask for one; without outputs, so that what is seen is new"
+    nb.metadata['kernelspec'] = {'name': 'python3', 'display_name': 'Python 3', 'language': 'python'}
+    for cell in nb.cells:
+        if cell.cell_type == 'code': cell.outputs = []
+    nbformat.write(nb, path)
+
+class Page:
+    "A notebook open in the browser, and what went wrong in it"
+    def __init__(self, browser, lab, name):
+        self.url, self.name = lab[0], name
+        self.page = browser.new_page(viewport={'width': 1100, 'height': 900})
+        self.errors, self.dialogs, self.elsewhere = [], [], []
+        self.page.on('pageerror', lambda e: self.errors.append(str(e)))
+        self.page.on('dialog', lambda d: (self.dialogs.append(d.message), d.dismiss()))
+        self.page.on('request', lambda r: self.elsewhere.append(r.url) if not r.url.startswith((self.url, 'data:', 'blob:')) else None)
+    def open(self, reset='&reset'):
+        self.page.goto(f'{self.url}/lab/tree/{self.name}?token={TOKEN}{reset}', wait_until='domcontentloaded')
+        # Ask the application itself: the toolbar's kernel indicator turns idle too early.
+        self.wait("window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'")
+    def wait(self, js, seconds=LONG):
+        try: self.page.wait_for_function(js, timeout=1000*seconds)
+        except sync_api.TimeoutError:
+            self.page.screenshot(path='/tmp/nanochat_browser_failure.png')
+            raise
+    def do(self, command): self.page.evaluate(f"window.jupyterapp.commands.execute('{command}').then(() => null)")
+    def start(self, command): self.page.evaluate(f"void window.jupyterapp.commands.execute('{command}')")
+
+class Cell:
+    "One chat cell of a page"
+    def __init__(self, page, n=0): self.page, self.root = page.page, page.page.locator('.nc-chat').nth(n)
+    def ask(self, text):
+        self.root.locator('input').fill(text)
+        self.root.locator('button').first.click()
+    def text(self): return self.root.locator('[role=log]').inner_text()
+    def until(self, ok, seconds=LONG):
+        end = time.monotonic() + seconds
+        while not ok(self.text()):
+            assert time.monotonic() < end, f'waited {seconds} s, the transcript is: {self.text()[-300:]!r}'
+            self.page.wait_for_timeout(40)
+        return self.text()
+    def idle(self, seconds=LONG): self.root.locator('.stop:disabled').wait_for(timeout=1000*seconds)
+    def press(self, name): self.root.locator(f'.{name}').click()
+
+def check_growth(cell, question):
+    "A reply grows while it streams, Stop ends it, and it does not go on"
+    before = len(cell.text())
+    cell.ask(question)
+    early = len(cell.until(lambda t: len(t) > before + len(question) + 10))
+    later = len(cell.until(lambda t: len(t) > early + 50))
+    cell.press('stop'); cell.idle()
+    stopped = cell.text()
+    cell.page.wait_for_timeout(600)
+    assert cell.text() == stopped and 'stopped' in stopped
+    return before, early, later, len(stopped)
+
+@pytest.fixture(scope='module')
+def page(lab, browser):
+    write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.strip()) for c in CELLS]), lab[1]/'chat.ipynb')
+    page = Page(browser, lab, 'chat.ipynb')
+    page.open(); page.start('notebook:run-all-cells')
+    page.wait("document.querySelectorAll('.nc-chat').length === 2")
+    yield page
+    page.page.close()
+
+def test_stream_stop_ask_again(page):
+    cell = Cell(page)
+    print('lengths', check_growth(cell, 'a long one'))
+    cell.ask('again'); cell.until(lambda t: 'A short answer.' in t); cell.idle()
+    cell.root.locator('input').fill('with Enter'); cell.root.locator('input').press('Enter')
+    assert cell.until(lambda t: t.count('A short answer.') == 2).count('with Enter') == 1
+
+def test_hostile_text_stays_text(page):
+    cell = Cell(page)
+    cell.ask(HOSTILE); cell.until(lambda t: t.count(HOSTILE) == 2); cell.idle()       # the question and the reply
+    page.page.wait_for_timeout(300)
+    assert cell.root.locator('img, script').count() == 0 and page.dialogs == []
+
+def test_tools_and_errors_are_visible(page):
+    cell = Cell(page)
+    cell.ask('a product'); cell.until(lambda t: 'It is [37*24 = 888]888.' in t); cell.idle()
+    assert cell.root.locator('.tool').last.inner_text() == '[37*24 = 888]'
+    cell.ask('fail now'); cell.until(lambda t: 'RuntimeError: out of memory' in t); cell.idle()
+    cell.ask('usable?'); cell.until(lambda t: t.endswith('A short answer.')); cell.idle()
+
+def test_two_cells_at_once(page):
+    one, two = Cell(page, 0), Cell(page, 1)
+    one.ask('a long one'); two.ask('another long one')
+    for cell in (one, two):
+        n = len(cell.text()); cell.until(lambda t: len(t) > n + 100)
+    two.press('stop'); two.idle()
+    n = len(one.text()); one.until(lambda t: len(t) > n + 50)                         # Stop of one is not Stop of the other
+    one.press('stop'); one.idle()
+
+def test_reloaded_in_the_middle(page):
+    cell = Cell(page, 1)
+    page.do('docmanager:save')                          # outputs that were not saved do not come back
+    cell.ask('a long one to reload'); cell.until(lambda t: len(t.split('to reload')[-1]) > 100)
+    page.open(reset='')
+    page.wait("document.querySelectorAll('.nc-chat').length === 2")
+    cell = Cell(page, 1)
+    n = len(cell.until(lambda t: 'to reload' in t and len(t.split('to reload')[-1]) > 100))
+    cell.until(lambda t: len(t) > n + 50)               # and the deltas go on from there
+    cell.press('stop'); cell.idle()
+    reply = cell.text().split('to reload')[-1].strip().removesuffix('(stopped)').strip()
+    assert ('A long answer. '*4000).startswith(reply[:-1])                             # nothing lost, nothing twice
+
+def test_clear_and_looks(page, tmp_path):
+    cell = Cell(page)
+    cell.press('clear'); cell.until(lambda t: not t.strip()); cell.idle()
+    for question in ('What is the product of 37 and 24?', 'And ' + HOSTILE, 'Please fail'): cell.ask(question); cell.page.wait_for_timeout(200); cell.idle()
+    cell.ask('Tell me a long one'); cell.until(lambda t: t.count('A long answer') > 3)
+    cell.page.screenshot(path=tmp_path/'chat.png'); print('screenshot', tmp_path/'chat.png')
+    cell.press('stop'); cell.idle()
+    assert page.dialogs == [] and page.errors == [] and page.elsewhere == []
+
+def test_a_real_notebook(lab, browser, tmp_path):
+    source = os.environ.get('NANOCHAT_BROWSER_NOTEBOOK')
+    if not source: pytest.skip('NANOCHAT_BROWSER_NOTEBOOK names no notebook')
+    seconds = int(os.environ.get('NANOCHAT_BROWSER_SECONDS', 300))
+    write(nbformat.read(source, 4), lab[1]/'real.ipynb')
+    page = Page(browser, lab, 'real.ipynb')
+    page.open(); page.start('notebook:run-all-cells')
+    page.wait("document.querySelector('.nc-chat') && window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'", seconds)
+    cell = Cell(page); n = len(cell.text())
+    cell.ask(os.environ.get('NANOCHAT_BROWSER_QUESTION', 'What is 37 times 24?'))
+    cell.until(lambda t: len(t) > n + 25, 60); cell.idle(60)
+    cell.root.scroll_into_view_if_needed()
+    page.page.screenshot(path=tmp_path/'real.png'); print('screenshot', tmp_path/'real.png'); print(cell.text())
+    assert page.dialogs == [] and page.errors == []
+    page.page.close()

@@ -1,0 +1,150 @@
+"The chat cell without a browser: what it keeps, what it sends, what it shows where no widget runs"
+import subprocess, sys, threading
+from html.parser import HTMLParser
+import pytest
+pytest.importorskip('anywidget', reason='anywidget is not installed: pip install nanochat[notebook]')
+from nanochat.chat import Chat
+from nanochat.common import UserError
+from nanochat.conversation import check_conversation
+from nanochat.engine import Engine, ScriptedModel
+from nanochat.tokenizer import Tokenizer
+from nanochat.widget import CSS, ESM, ChatWidget, join_pieces, transcript_html
+
+TOK = Tokenizer({bytes([i]): i for i in range(256)})
+LONG = 'word '*400
+HOSTILE = ['<img src=x onerror=alert(1)>', '<iframe srcdoc="<script>alert(1)</script>">', '<style>@import "http://127.0.0.1:1"</style>',
+           '</div></script><script>alert(1)</script>', '[x](javascript:alert(1))', '"\'&lt;', '\u202eabc', '\x00', '>'*10_000]
+
+class Model(ScriptedModel):
+    "Says what it is scripted to say, and can be slow, held or broken"
+    def __init__(self, replies=None, gate=None, **kwargs):
+        super().__init__(TOK, {'long': LONG, 'product': 'It is <|python_start|>37*24<|python_end|>888.', **(replies or {})}, default='I see.',
+                         max_len=100_000, **kwargs)
+        self.gate, self.broken = gate, False
+    def forward(self, ids, cache):
+        if self.broken: raise RuntimeError('out of memory')
+        if self.gate: self.gate.acquire()
+        return super().forward(ids, cache)
+
+class Recorded(ChatWidget):
+    def __init__(self, *args, **kwargs): self.sent = []; super().__init__(*args, **kwargs)
+    def send(self, content, buffers=None): self.sent.append(content)
+    def send_state(self, key=None):
+        if hasattr(self, 'sent'): self.sent.append({'type': 'state', 'key': key})
+        super().send_state(key)
+
+def make(cls=ChatWidget, **kwargs): return cls(Chat(Engine(Model(**kwargs), TOK)))
+def text(turn): return ''.join(t for _, t in turn['pieces'])
+
+def test_a_conversation():
+    w = make()
+    for q in ('product', 'Hello?'): w.ask(q).join()
+    assert [t['role'] for t in w.turns] == ['user', 'assistant']*2
+    assert [text(t) for t in w.turns] == ['product', 'It is [37*24 = 888]888.', 'Hello?', 'I see.']
+    assert w.messages is w.chat.messages and not w.busy and w.error is None
+    check_conversation({'messages': w.messages})
+
+def test_an_old_conversation_is_shown():
+    chat = make().chat; chat.answer('product')
+    assert text(ChatWidget(chat).turns[1]) == 'It is [37*24 = 888]888.'
+
+def test_stop_in_the_middle_then_ask_again():
+    gate = threading.Semaphore(20)
+    w = make(gate=gate)
+    thread = w.ask('long')
+    with pytest.raises(UserError, match='being written'): w.ask('Hello?')
+    while not w.turns[-1]['pieces']: pass
+    w.stop(); gate.release(10_000); thread.join(20)
+    assert not thread.is_alive() and not w.busy and text(w.turns[1]).endswith(' (stopped)')
+    w.ask('Hello?').join(20)
+    assert text(w.turns[-1]) == 'I see.'
+    check_conversation({'messages': w.messages})
+
+def test_an_error_is_shown_and_the_cell_goes_on():
+    w = make()
+    w.chat.engine.model.broken = True
+    w.ask('Hello?').join()
+    assert w.turns[-1]['role'] == 'error' and text(w.turns[-1]) == 'RuntimeError: out of memory' and isinstance(w.error, RuntimeError)
+    w.chat.engine.model.broken = False
+    w.ask('Hello?').join()
+    assert text(w.turns[-1]) == 'I see.' and w.error is None and not w.busy
+    assert len({t['id'] for t in w.turns}) == len(w.turns)
+
+def test_a_user_error_is_its_sentence():
+    w = make(); w.ask('   ').join()
+    assert w.turns[-1]['role'] == 'error' and text(w.turns[-1]).startswith('the message is empty')
+
+def test_messages_from_a_front_end():
+    w = make(Recorded)
+    w._received(w, {'type': 'ask', 'text': 'Hello?'}, []); w.thread.join()
+    assert text(w.turns[-1]) == 'I see.'
+    w._received(w, {'type': 'sync'}, [])
+    assert w.sent[-1] == {'type': 'state', 'key': ['turns', 'busy']}
+    for odd in ({}, {'type': 'what'}, {'type': 'stop'}, {'type': 'ask', 'text': 7}): w._received(w, odd, [])
+    w.thread.join()
+    w._received(w, {'type': 'clear'}, [])
+    assert w.turns == [] and w.messages == []
+
+def test_a_question_while_busy_gets_the_state():
+    gate = threading.Semaphore(5)
+    w = make(Recorded, gate=gate)
+    thread = w.ask('long')
+    w._received(w, {'type': 'ask', 'text': 'Hello?'}, [])
+    assert {'type': 'state', 'key': ['turns', 'busy']} in w.sent and len([t for t in w.turns if t['role'] == 'user']) == 1
+    w.stop(); gate.release(10_000); thread.join(20)
+
+def test_clear_during_a_reply():
+    gate = threading.Semaphore(10_000)
+    w = make(gate=gate); w.ask('long'); w.clear()
+    assert (w.turns, w.messages, w.busy) == ([], [], False)
+    w.ask('Hello?').join()
+    assert text(w.turns[-1]) == 'I see.'
+
+def test_deltas_add_up_to_the_transcript():
+    w = make(Recorded)
+    w.interval = 0.
+    w.ask('product').join(); w.ask('long').join()
+    for turn in (w.turns[1], w.turns[3]):
+        deltas = [d for d in w.sent if d['type'] == 'delta' and d['id'] == turn['id']]
+        assert [d['seq'] for d in deltas] == list(range(1, turn['seq'] + 1))
+        assert join_pieces(p for d in deltas for p in d['pieces']) == turn['pieces']
+
+def test_few_messages():
+    w = make(Recorded)
+    w.ask('long').join()
+    assert 1 < sum(d['type'] == 'delta' for d in w.sent) < 400            # 2000 tokens, as fast as they come
+
+def test_two_at_once():
+    one, two = make(), make()
+    for t in (one.ask('long'), two.ask('product')): t.join()
+    assert text(one.turns[1]) == LONG and text(two.turns[1]) == 'It is [37*24 = 888]888.'
+
+class Tags(HTMLParser):
+    def __init__(self): super().__init__(); self.tags, self.attrs, self.text = set(), set(), ''
+    def handle_starttag(self, tag, attrs): self.tags.add(tag); self.attrs |= {k for k, _ in attrs}
+    def handle_data(self, data): self.text += data
+
+@pytest.mark.parametrize('hostile', HOSTILE, ids=lambda s: s[:12])
+def test_hostile_text_stays_text(hostile):
+    w = make(replies={hostile: hostile}); w.ask(hostile).join()
+    bundle, _ = w._repr_mimebundle_()
+    seen = Tags(); seen.feed(bundle['text/html']); seen.close()
+    assert seen.tags <= {'div', 'span', 'code', 'i'} and seen.attrs <= {'style'}
+    assert bundle['text/plain'] == f'user: {hostile}\nassistant: {hostile}'
+    assert hostile in seen.text or '\x00' in hostile
+
+def test_a_role_is_escaped_too():
+    assert '<b>' not in transcript_html([{'role': '<b>', 'pieces': [['<b>', '<b>']]}])
+
+def test_the_page_never_writes_html():
+    for word in ('innerHTML', 'outerHTML', 'insertAdjacentHTML', 'document.write', 'eval(', 'Function(', 'http', 'import '): assert word not in ESM
+    for word in ('http', '@import', 'url('): assert word not in CSS
+
+def test_a_bundle_holds_the_live_widget():
+    bundle, _ = make()._repr_mimebundle_()
+    assert 'application/vnd.jupyter.widget-view+json' in bundle and bundle['text/plain'] == 'an empty chat'
+
+def test_without_anywidget_one_sentence():
+    code = "import sys; sys.modules['anywidget'] = None; import nanochat.widget"
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert r.returncode and "pip install 'nanochat[notebook]'" in r.stderr.splitlines()[-1]
