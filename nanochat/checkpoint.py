@@ -101,7 +101,7 @@ def _write_files(folder, model, optimizer, state):
     "Write the files of a checkpoint and wait for the disk; name → bytes and hash"
     save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, folder/'model.safetensors')
     if optimizer is not None: save_file(optimizer.tensors(), folder/'optim.safetensors')
-    (folder/'state.json').write_text(json.dumps(state))
+    (folder/'state.json').write_text(state)
     files = {}
     for path in sorted(folder.iterdir()):
         _sync(path)
@@ -143,13 +143,10 @@ def save_checkpoint(
     "Write a whole checkpoint or none. A full disk raises UserError and leaves the earlier ones as they are"
     final = Path(run_folder)/'checkpoints'/f'step-{step:06d}'
     new = final.with_name(f'.{final.name}.tmp')
-    json.dumps(state)                                      # no JSON: TypeError before anything is touched
-    manifest = dict(version=VERSION, step=step, config=model.cfg.to_dict(), tokenizer=tokenizer, tokenizer_hash=tok_hash,
-                    environment=environment('cpu'))
+    state, manifest = json.dumps(state), _described(step, model, tok_hash, tokenizer)     # no JSON: TypeError, nothing touched
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
         _tidy(final.parent, step)
-        new.mkdir()
+        new.mkdir(parents=True)
         manifest['files'] = _write_files(new, model, optimizer, state)
         (new/'manifest.json').write_text(_sealed(manifest))
         _sync(new/'manifest.json'); _sync(new)
@@ -160,6 +157,11 @@ def save_checkpoint(
     return final
 
 # %% ../nbs/32_checkpoint.ipynb #save-helpers
+def _described(step, model, tok_hash, tokenizer):
+    "What the manifest says before the files are known"
+    return dict(version=VERSION, step=step, config=model.cfg.to_dict(), tokenizer=tokenizer, tokenizer_hash=tok_hash,
+                environment=environment('cpu'))
+
 def _failed(final, e):
     "One sentence about a checkpoint that could not be written"
     full = getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or 'os error 28' in str(e)
@@ -193,11 +195,14 @@ def latest(
 def load_checkpoint(
     path, # a checkpoint folder
     device='cpu', # where the tensors go
+    optimizer:bool=True, # False leaves its state, twice the size of the weights, on the disk
+    verified:bool=False, # True skips the hashes: `latest` has just compared them
 ) -> dict: # model, optim (None if not saved), state, manifest
     "Everything in a checkpoint, after its hashes were verified. UserError naming a file that is damaged"
-    path, manifest = Path(path), verify_checkpoint(path)
+    path = Path(path)
+    manifest = _unsealed(path/'manifest.json') if verified else verify_checkpoint(path)
     load = lambda name: load_file(path/name, device=str(device)) if name in manifest['files'] else None
-    return dict(model=load('model.safetensors'), optim=load('optim.safetensors'), manifest=manifest,
+    return dict(model=load('model.safetensors'), optim=load('optim.safetensors') if optimizer else None, manifest=manifest,
                 state=json.loads((path/'state.json').read_text()))
 
 # %% ../nbs/32_checkpoint.ipynb #load-model
@@ -215,7 +220,7 @@ def load_model(
         raise UserError(f"{run} has no checkpoint of step {step}: there are {', '.join(map(str, found)) or 'none'}")
     path = latest(run) if step is None else found[step]
     if path is None: raise UserError(f'{run} has no whole checkpoint: train it first, or give another --tag')
-    saved = load_checkpoint(path, device)
+    saved = load_checkpoint(path, device, optimizer=False, verified=step is None)
     manifest = saved['manifest']
     if tok is None: tok = Tokenizer.load(base_dir()/'tokenizer'/manifest['tokenizer'])
     if tok.hash != manifest['tokenizer_hash']:
@@ -223,9 +228,11 @@ def load_model(
                         f"restore tokenizer {manifest['tokenizer']!r} or train again")
     return _build(path, saved).eval(), tok, manifest
 
+# %% ../nbs/32_checkpoint.ipynb #build
 def _build(path, saved):
-    "A model that holds the loaded tensors themselves"
+    "A model that holds the loaded tensors themselves: no weights are drawn first and thrown away"
     with torch.device('meta'): model = GPT(GPTConfig.from_dict(saved['manifest']['config']))
-    try: model.load_state_dict(saved['model'], assign=True)
+    own = {k: v.clone() if v.device.type == 'cpu' else v for k, v in saved['model'].items()}   # on a CPU they are windows into the file
+    try: model.load_state_dict(own, assign=True)
     except RuntimeError as e: raise UserError(f'{path} does not fit the model of this program: {e}') from e
     return model

@@ -6,7 +6,7 @@
 __all__ = ['Piece', 'Pool', 'fill_row', 'Packer', 'pack', 'Batch', 'to_batch', 'PretrainLoader', 'val_batches', 'ChatLoader']
 
 # %% ../nbs/14_dataloader.ipynb #imports
-import bisect, itertools, random
+import bisect, hashlib, itertools, random, zlib
 from collections import deque
 from typing import Iterable, Iterator, NamedTuple, Sequence
 
@@ -176,7 +176,7 @@ def to_batch(
 
 # %% ../nbs/14_dataloader.ipynb #loader-base
 class _Loader:
-    "What both loaders share: batches from a packer that `_refill` feeds"
+    "What both loaders share: batches from a packer that `_read_some` feeds"
     def _setup(self, bos, B, T, split, seed, buffer, epochs):
         for name, n in dict(B=B, T=T, buffer=buffer, epochs=1 if epochs is None else epochs).items():
             if n < 1: raise UserError(f'{name} must be at least 1, and is {n}')
@@ -208,7 +208,7 @@ class _Loader:
         "Go to the place of `state`; `UserError` when it is that of other data or other settings"
         mine = self._key()
         differ = [k for k in mine if state['key'].get(k) != mine[k]]
-        if differ: raise UserError(f'the saved place in the data is of another {", ".join(differ)}: start a new run with --force or another --tag')
+        if differ: raise UserError(f'the saved place in the data is of other settings or data ({", ".join(differ)}): start a new run with --force or another --tag')
         pool = Pool(self.T + 1)
         ids = self._tokens(sorted({doc for doc, _, _ in state['pool']}))
         for doc, start, stop in state['pool']: pool.add(Piece(doc, start, ids[doc][start:stop]))
@@ -232,9 +232,10 @@ class PretrainLoader(_Loader):
     ):
         self._setup(tok.bos, B, T, True, seed, buffer, epochs)
         self.tok, self.rank, self.world_size, self.groups = tok, rank, world_size, groups(folder, split)
-        self.data = [s['sha256'][:16] for s in read_manifest(folder)['shards'] if s['split']==split]
-        if (n := sum(g.rows for g in self.groups)) < world_size:
-            raise UserError(f'{folder}: {n} documents in {split} cannot feed {world_size} processes: start fewer')
+        shards = ''.join(s['sha256'] for s in read_manifest(folder)['shards'] if s['split']==split)
+        self.data, self.order = hashlib.sha256(shards.encode()).hexdigest(), (None, [])
+        if (n := sum(g.rows for g in self.groups)) < world_size or not 0 <= rank < world_size:
+            raise UserError(f'{folder}: {n} documents in {split} cannot feed process {rank} of {world_size}: start fewer')
 
     def _graded(self, piece): return 1                    # every token is a target
 
@@ -243,14 +244,15 @@ class PretrainLoader(_Loader):
 
     def _read_some(self):
         "Tokenize one row group; the last of an epoch begins the next epoch"
-        order = list(range(len(self.groups)))
-        random.Random(f'{self.seed}-{self.epoch}').shuffle(order)
-        group = self.groups[order[self.at]]
+        if self.order[0] != self.epoch:
+            self.order = self.epoch, list(range(len(self.groups)))
+            random.Random(f'{self.seed}-{self.epoch}').shuffle(self.order[1])
+        group = self.groups[self.order[1][self.at]]
         docs = [(i, t) for i, t in enumerate(read_group(group), group.start) if i % self.world_size == self.rank]
         random.Random(f'{self.seed}-{self.epoch}-{group.start}').shuffle(docs)
         for (i, _), ids in zip(docs, self.tok.encode_batch([t for _, t in docs])): self.packer.add(i, np.array(ids, np.int32))
         self.at += 1
-        if self.at == len(order): self.epoch, self.at = self.epoch + 1, 0
+        if self.at == len(self.groups): self.epoch, self.at = self.epoch + 1, 0
 
     def _tokens(self, docs):
         "Token ids of documents by number"
@@ -308,13 +310,15 @@ class ChatLoader(_Loader):
         long = [i for i, r in enumerate(rendered) if len(r.ids) > T + 1]
         self.usable = [i for i, r in enumerate(rendered) if len(r.ids) <= T + 1 and 1 in r.mask[1:]]
         self.left_out = {'longer than a row': len(long), 'nothing graded': len(rendered) - len(long) - len(self.usable)}
-        if not self.usable: raise UserError(f'none of {len(rendered)} conversations can be used ({self.left_out}): rows have {T + 1} tokens')
+        self.data = 0
+        for r in rendered: self.data = zlib.crc32(np.array([r.ids, r.mask], np.int32).tobytes(), self.data)
+        why = ', '.join(f'{n} {k}' for k, n in self.left_out.items())
+        if not self.usable: raise UserError(f'none of {len(rendered)} conversations can be used ({why}): a row has {T + 1} tokens')
 
     def _graded(self, piece): return self.rendered[piece.doc].mask
 
     def _key(self):
-        size = sum(len(r.ids) for r in self.rendered)
-        return dict(conversations=len(self.rendered), tokens=size, tokenizer=self.tok.hash, T=self.T, seed=self.seed, buffer=self.buffer, shuffle=self.shuffle)
+        return dict(conversations=[len(self.rendered), self.data], tokenizer=self.tok.hash, T=self.T, seed=self.seed, buffer=self.buffer, shuffle=self.shuffle)
 
     def _order(self):
         "Numbers of the usable conversations in the order of this epoch"

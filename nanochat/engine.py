@@ -113,6 +113,8 @@ class Completion(NamedTuple):
     forced:list[bool] # for each id: written by the engine
 
 # %% ../nbs/40_engine.ipynb #reply
+_NEXT_KIND = {'python_start': 'python', 'python_end': 'python_output', 'output_end': 'text'}
+
 class _Reply:
     "A reply being written: its part, what is forced, when it ends"
     def __init__(self, engine, row, prompt, sampling, seed):
@@ -132,6 +134,24 @@ class _Reply:
         "The next uniform number of this row; forced tokens use none"
         return 0. if self.forced else torch.rand((), generator=self.dice).item()
 
+    def take(self, id, stopping=False):
+        "Add token `id`, or the forced one that is due: the `Event`"
+        forced, kind = bool(self.forced), self.kind
+        if forced: id = self.forced.popleft()
+        self.n, self.last, name = self.n + 1, id, self.engine.marks.get(id)
+        if name is None:
+            text = self.decoder.push(id)
+            if kind == 'python': self.call.append(id)
+        else:
+            text, self.decoder = self.decoder.finish(), StreamDecoder(self.engine.tok)
+            self.kind = _NEXT_KIND.get(name, kind)
+        if name in ('assistant_end', 'bos'): self.finish = 'stop'
+        elif self.n >= self.limit: self.finish = 'length'
+        elif stopping: self.finish = 'stopped'
+        if self.finish: text += self.decoder.finish()
+        elif name == 'python_end': self._use_tool()
+        return Event(self.row, id, text, kind, forced, self.finish)
+
     def _use_tool(self):
         "Compute the call and force its result"
         tok, most = self.engine.tok, self.engine.max_output
@@ -139,28 +159,6 @@ class _Reply:
         if len(ids) > most and not result.startswith('error: '): ids = tok.encode('error: the result is too long')
         self.forced.extend([tok.special('output_start'), *ids[:most], tok.special('output_end')])
         self.call, self.calls = [], self.calls + 1
-
-# %% ../nbs/40_engine.ipynb #reply-take
-_NEXT_KIND = {'python_start': 'python', 'python_end': 'python_output', 'output_end': 'text'}
-
-@patch
-def take(self:_Reply, id, stopping=False):
-    "Add token `id`, or the forced one that is due: the `Event`"
-    forced, kind = bool(self.forced), self.kind
-    if forced: id = self.forced.popleft()
-    self.n, self.last, name = self.n + 1, id, self.engine.marks.get(id)
-    if name is None:
-        text = self.decoder.push(id)
-        if kind == 'python': self.call.append(id)
-    else:
-        text, self.decoder = self.decoder.finish(), StreamDecoder(self.engine.tok)
-        self.kind = _NEXT_KIND.get(name, kind)
-    if name in ('assistant_end', 'bos'): self.finish = 'stop'
-    elif self.n >= self.limit: self.finish = 'length'
-    elif stopping: self.finish = 'stopped'
-    if self.finish: text += self.decoder.finish()
-    elif name == 'python_end': self._use_tool()
-    return Event(self.row, id, text, kind, forced, self.finish)
 
 # %% ../nbs/40_engine.ipynb #engine
 class Engine:

@@ -7,11 +7,13 @@ __all__ = ['palette', 'Run', 'read_metrics', 'series', 'read_result', 'finished'
            'LivePlot']
 
 # %% ../nbs/33_record.ipynb #imports
-import json, math, os, socket, sys, time, warnings
+import errno, json, math, os, socket, sys, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 # %% ../nbs/33_record.ipynb #imports-project
+from fastcore.basics import patch
+
 from .common import UserError, atomic_write, read_json, write_json
 
 # %% ../nbs/33_record.ipynb #plain
@@ -70,7 +72,7 @@ class Run:
         with open(self.metrics_path, 'ab', buffering=0) as f:
             start = f.seek(0, os.SEEK_END)
             try:
-                if f.write(line) != len(line): raise OSError(28, 'the line did not fit on the disk')
+                if f.write(line) != len(line): raise OSError(errno.ENOSPC, 'the line did not fit on the disk')
             except OSError:
                 f.truncate(start)                              # no half line: the next one must stand alone
                 raise
@@ -80,9 +82,6 @@ class Run:
         records, _ = _lines(self.metrics_path)
         kept = [json.dumps(r) + '\n' for r in records if r['step'] <= step]
         atomic_write(self.metrics_path, ''.join(kept))
-
-# %% ../nbs/33_record.ipynb #imports-patch
-from fastcore.basics import patch
 
 # %% ../nbs/33_record.ipynb #read-metrics
 def read_metrics(
@@ -125,16 +124,17 @@ def finished(
 # %% ../nbs/33_record.ipynb #lock
 @contextmanager
 def lock(
-    folder, # of a run; made if missing
+    folder, # of a run; need not exist yet
 ):
     "Keep other processes out of a run folder; UserError if one is in. Ends when the process does, even by kill -9"
-    path = Path(folder)/'.lock'
+    folder = Path(folder).absolute()
+    path = folder.with_name(f'.{folder.name}.lock')       # beside the folder: --force may delete what is in it
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'a+') as f:
         if not _try_lock(f):
             f.seek(0)
             who = f.read().strip() or 'another process'
-            raise UserError(f'{path.parent} is in use by {who}: wait for it, stop it, or use another --tag')
+            raise UserError(f'{folder} is in use by {who}: wait for it, stop it, or use another --tag')
         f.truncate(0)
         f.write(f'process {os.getpid()} on {socket.gethostname()}')
         f.flush()
@@ -211,6 +211,7 @@ def _in_kernel():
     shell = ipython.get_ipython() if ipython else None
     return shell is not None and 'IPKernelApp' in getattr(shell, 'config', {})
 
+# %% ../nbs/33_record.ipynb #live-plot-class
 class LivePlot:
     "A loss curve that redraws itself while a notebook cell trains; does nothing elsewhere"
     def __init__(self,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKENS_PER_PARAM', 'MIN_BATCH', 'MAX_BATCH', 'FORGETTING', 'MATRIX_LR', 'scaling_params', 'batch_for', 'decay_for',
-           'lr_multiplier', 'muon_momentum', 'Recipe', 'gpt_config', 'recipe', 'explain', 'set_schedule']
+           'lr_multiplier', 'muon_momentum', 'Recipe', 'recipe', 'gpt_config', 'set_schedule', 'explain']
 
 # %% ../nbs/31_scaling.ipynb #imports
 import difflib, math
@@ -118,14 +118,6 @@ class Recipe:
         if odd: raise UserError(f"This recipe was written by another version of nanochat: {', '.join(sorted(odd))} unknown or missing")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
 
-# %% ../nbs/31_scaling.ipynb #recipe-config
-def gpt_config(
-    r:Recipe,
-) -> GPTConfig:
-    "The model that a recipe trains"
-    return GPTConfig(vocab_size=r.vocab_size, n_layer=r.depth, n_head=r.n_head, n_kv_head=r.n_kv_head, head_dim=r.head_dim,
-                     max_len=r.max_len)
-
 # %% ../nbs/31_scaling.ipynb #horizon
 def _horizon(params, tokens, steps, tokens_per_param):
     "Tokens that the batch is chosen for"
@@ -217,17 +209,13 @@ def recipe(
     rates = _rates(shape['n_embd'], steps, o.get('matrix_lr', MATRIX_LR))
     return _sane(Recipe(**{**shape, **length, **rates, **o, 'by_hand': tuple(sorted(o))}))
 
-# %% ../nbs/31_scaling.ipynb #explain
-def _short(x): return f'{x:,}' if isinstance(x, int) else f'{x:.4g}' if isinstance(x, float) else ', '.join(map(str, x))
-
-def explain(
+# %% ../nbs/31_scaling.ipynb #recipe-config
+def gpt_config(
     r:Recipe,
-) -> str: # one line a setting: name, value, reason
-    "The recipe as a table, with the reason for each number"
-    rows = [(f.name, _short(getattr(r, f.name)), 'set by hand' if f.name in r.by_hand else f.metadata['why'])
-            for f in fields(r) if f.name != 'by_hand']
-    wide = max(len(value) for _, value, _ in rows)
-    return '\n'.join(f'{name:20}{value:>{wide}}  {why}' for name, value, why in rows)
+) -> GPTConfig:
+    "The model that a recipe trains"
+    return GPTConfig(vocab_size=r.vocab_size, n_layer=r.depth, n_head=r.n_head, n_kv_head=r.n_kv_head, head_dim=r.head_dim,
+                     max_len=r.max_len)
 
 # %% ../nbs/31_scaling.ipynb #set-schedule
 def set_schedule(
@@ -244,3 +232,15 @@ def set_schedule(
         group['weight_decay'] = group['initial_weight_decay'] * left
         if group['kind'] == 'muon': group['momentum'] = momentum
     return dict(lr_multiplier=m, momentum=momentum, weight_decay=r.weight_decay * left)
+
+# %% ../nbs/31_scaling.ipynb #explain
+def _short(x): return f'{x:,}' if isinstance(x, int) else f'{x:.4g}' if isinstance(x, float) else ', '.join(map(str, x))
+
+def explain(
+    r:Recipe,
+) -> str: # one line a setting: name, value, reason
+    "The recipe as a table, with the reason for each number"
+    rows = [(f.name, _short(getattr(r, f.name)), 'set by hand' if f.name in r.by_hand else f.metadata['why'])
+            for f in fields(r) if f.name != 'by_hand']
+    wide = max(len(value) for _, value, _ in rows)
+    return '\n'.join(f'{name:20}{value:>{wide}}  {why}' for name, value, why in rows)

@@ -8,15 +8,16 @@ __all__ = ['COUNTRIES', 'ELEMENTS', 'PLANETS', 'OPPOSITES', 'COLOURS', 'DAYS', '
            'PLACES', 'OPERATIONS', 'WORDS', 'WRITERS', 'EXAM_ASKED', 'EXAM_CHOICES', 'ONLY_TOLD', 'SUMS', 'COUNTS',
            'SPELLS', 'ANDS', 'ME', 'HELLO', 'TALK', 'UNKNOWN', 'ASKERS', 'EXAM', 'Dice', 'Fact', 'Relation', 'lines',
            'fill', 'held_out', 'only_told', 'wordings', 'write_statements', 'write_profile', 'write_questions',
-           'choice_of', 'write_choice', 'story', 'write_story', 'write_recall', 'sum_in_exam', 'pick_sum',
-           'write_numbers', 'spelled', 'write_spelling', 'write_program', 'Doc', 'document', 'documents',
-           'entropy_bits_per_byte', 'user', 'assistant', 'Question', 'ask_fact', 'ask_told', 'ask_choice', 'ask_sum',
-           'ask_count', 'ask_spelling', 'follow_up', 'ask_turns', 'ask_talk', 'conversation', 'conversations',
-           'asked_text', 'evaluation', 'contaminated']
+           'choice_of', 'write_choice', 'story', 'write_story', 'sum_in_exam', 'pick_sum', 'write_numbers', 'spelled',
+           'write_spelling', 'write_lookup', 'write_program', 'Doc', 'document', 'documents', 'entropy_bits_per_byte',
+           'user', 'assistant', 'Question', 'ask_fact', 'ask_told', 'ask_choice', 'ask_sum', 'ask_count',
+           'ask_spelling', 'follow_up', 'ask_turns', 'ask_talk', 'conversation', 'conversations', 'asked_text',
+           'evaluation', 'contaminated']
 
 # %% ../nbs/12_tinyworld.ipynb #imports
 import hashlib, math, random, re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Iterator, NamedTuple
 
 # %% ../nbs/12_tinyworld.ipynb #dice
@@ -520,10 +521,13 @@ def fill(template, f, opener=''):
     return text[0].upper() + text[1:]
 
 # %% ../nbs/12_tinyworld.ipynb #held-out
+def _drawn(key, one_in):
+    return int.from_bytes(hashlib.sha256('|'.join(map(str, key)).encode()).digest()[:4], 'big') % one_in == 0
+
+@lru_cache(maxsize=2**16)
 def held_out(*key, one_in=8):
     "Whether the combination `key` belongs to the exam: one in `one_in`, by SHA-256, the same on every machine."
-    digest = hashlib.sha256('|'.join(map(str, key)).encode()).digest()
-    return int.from_bytes(digest[:4], 'big') % one_in == 0
+    return _drawn(key, one_in)
 
 def only_told(f):
     "Whether fact `f` is stated in the documents but never asked about before the exam."
@@ -566,12 +570,11 @@ def write_questions(dice):
 LETTERS = 'ABCD'
 
 def choice_of(dice, f, question):
-    "A multiple-choice question about `f`: `(question with options, answer, right letter)`."
+    "A multiple-choice question about `f`: `(question with options, answer, the options in order)`."
     options = dice.sample([v for v in RELATIONS[f.relation].values() if v != f.value], 3)
     options.insert(dice.below(4), f.value)
-    letter = LETTERS[options.index(f.value)]
-    listing = '\n'.join(f'- {o} ({l})' for l, o in zip(LETTERS, options))
-    return f'{question}\n{listing}', f'It is {f.value} ({letter}).', letter
+    listing = '\n'.join(f'- {o} {l}' for l, o in zip(LETTERS, options))
+    return f'{question}\n{listing}', f'It is {f.value} {LETTERS[options.index(f.value)]}.', options
 
 def write_choice(dice):
     "One or two multiple-choice questions with answers."
@@ -579,7 +582,7 @@ def write_choice(dice):
     return '\n'.join('\n'.join(choice_of(dice, f, dice.pick(wordings(f)))[:2]) for f in facts)
 
 # %% ../nbs/12_tinyworld.ipynb #choices
-CHOICES = [f for f in ASKED if len(RELATIONS[f.relation].values()) >= 4]
+CHOICES = [f for f in ASKED if len(RELATIONS[f.relation].values()) >= 4 and f.relation != 'symbol']   # symbols look like letters
 
 # %% ../nbs/12_tinyworld.ipynb #write-story
 NAMES = [l.split(',')[0] for l in PEOPLE]
@@ -606,21 +609,12 @@ def write_story(dice):
     text, thing, where = story(dice)
     return f'{text} Where is the {thing}? The {thing} is in the {where}.'
 
-# %% ../nbs/12_tinyworld.ipynb #write-recall
-def write_recall(dice):
-    "Who has how many of something, and a question about one of them: the answer stands in the text, nowhere else."
-    thing, names = dice.pick(THINGS), dice.sample(NAMES, 3 + dice.below(4))
-    counts = [2 + dice.below(98) for _ in names]
-    asked = dice.sample(range(len(names)), 1 + dice.below(2))
-    text = [f'{n} has {c} {thing}s.' for n, c in zip(names, counts)]
-    return ' '.join(text + [f'How many {thing}s does {names[i]} have? {names[i]} has {counts[i]} {thing}s.' for i in asked])
-
 # %% ../nbs/12_tinyworld.ipynb #sums
 OPERATIONS = {'+': 'plus', '-': 'minus', '*': 'times', '/': 'divided by'}
 
 def sum_in_exam(a, op, b):
     "Whether a problem is kept for the exam; for - and / `a` is its result."
-    return held_out('sum', a, op, b)
+    return _drawn(('sum', a, op, b), 8)
 
 def pick_sum(dice, exam=False, small=False):
     "A problem `(a, op, b, result)` with an exact whole result; `small` keeps it within mental arithmetic."
@@ -664,6 +658,13 @@ def write_spelling(dice):
     "How some words are spelled, how long they are, how they begin and end."
     return ' '.join(_spelling_line(dice) for _ in range(3 + dice.below(5)))
 
+# %% ../nbs/12_tinyworld.ipynb #write-lookup
+def write_lookup(dice):
+    "Words with numbers or letters, and the same again in another order: the second half can be looked up in the first."
+    words, letters = dice.sample(WORDS + NAMES, 4 + dice.below(6)), dice.below(2)
+    pairs = [f"{w} {dice.pick('ABCDEFGH') if letters else 2 + dice.below(98)}" for w in words]
+    return f"List: {', '.join(pairs)}. Again: {', '.join(dice.sample(pairs, len(pairs)))}."
+
 # %% ../nbs/12_tinyworld.ipynb #write-program
 def write_program(dice):
     "A tiny Python program and what it prints."
@@ -678,8 +679,8 @@ def write_program(dice):
     return f'{x} = "{w}" * {a}\nprint(len({x}))\n# prints {len(w) * a}'
 
 # %% ../nbs/12_tinyworld.ipynb #documents
-WRITERS = {write_statements: 28, write_profile: 16, write_questions: 24, write_choice: 10,
-           write_recall: 6, write_story: 6, write_numbers: 5, write_spelling: 7, write_program: 2}
+WRITERS = {write_statements: 24, write_profile: 14, write_questions: 22, write_choice: 12, write_story: 4,
+           write_numbers: 4, write_spelling: 6, write_lookup: 12, write_program: 2}
 
 class Doc(NamedTuple):
     "A document, the surprisal of its choices in bits, and the name of its kind."
@@ -755,11 +756,12 @@ def ask_told(dice, exam=True):
 
 # %% ../nbs/12_tinyworld.ipynb #ask-choice
 def ask_choice(dice, exam=False):
-    "A multiple-choice question; the answer is the letter."
+    "A multiple-choice question; the answer is the value with its letter."
     f = dice.pick(EXAM_CHOICES if exam else CHOICES)
-    text, answer, letter = choice_of(dice, f, dice.pick(wordings(f, exam)))
-    q = Question('multiple choice', [user(text)], f'({letter})', tuple(f'({l})' for l in LETTERS if l != letter))
-    return q, [assistant(answer)]
+    text, reply, options = choice_of(dice, f, dice.pick(wordings(f, exam)))
+    right = reply[len('It is '):-1]
+    wrong = tuple(w for o in options for l in LETTERS if (w := f'{o} {l}') != right)
+    return Question('multiple choice', [user(text)], right, wrong), [assistant(reply)]
 
 # %% ../nbs/12_tinyworld.ipynb #ask-sum
 SUMS = ['What is {a} {op} {b}?', 'How much is {a} {op} {b}?', 'Calculate {a} {op} {b}.', 'Compute {a} {op} {b}.', '{a} {op} {b} = ?',

@@ -60,27 +60,31 @@ function place(log, boxes) {
   boxes.forEach((box, i) => { if (log.children[i] !== box) log.insertBefore(box, log.children[i] || null); });
   while (log.children.length > boxes.length) log.lastElementChild.remove();
 }
+function scrolling(log, change) {
+  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+  change();
+  if (atEnd) log.scrollTop = log.scrollHeight;
+}
 """
 
 # %% ../nbs/44_widget.ipynb #js-render
 _JS_RENDER = """
 function render({ model, el }) {
-  const ui = build(el), { log, input } = ui;
-  let drawn = new Map();                   // turn id -> { box, seq }
-  const follow = change => {
-    const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
-    change();
-    if (atEnd) log.scrollTop = log.scrollHeight;
-  };
-  const redraw = () => follow(() => {
-    const turns = model.get('turns'), old = drawn;
-    drawn = new Map(turns.map(t => [t.id, old.get(t.id)?.seq === t.seq ? old.get(t.id) : drawTurn(t)]));
-    place(log, [...drawn.values()].map(d => d.box));
+  const ui = build(el);
+  let drawn = new Map(), early = [];       // turn id -> { box, seq }; deltas that came before their turn
+  const redraw = () => scrolling(ui.log, () => {
+    const old = drawn, keep = t => old.get(t.id)?.seq >= t.seq ? old.get(t.id) : drawTurn(t);
+    drawn = new Map(model.get('turns').map(t => [t.id, keep(t)]));
+    place(ui.log, [...drawn.values()].map(d => d.box));
+    early.splice(0).forEach(delta);
   });
   const delta = m => {
     const turn = drawn.get(m.id);
-    if (!turn || m.seq > turn.seq + 1) model.send({ type: 'sync' });
-    else if (m.seq === turn.seq + 1) follow(() => { addPieces(turn.box, m.pieces); turn.seq = m.seq; });
+    if (turn && m.seq <= turn.seq) return;
+    if (turn && m.seq === turn.seq + 1)
+      return scrolling(ui.log, () => { addPieces(turn.box, m.pieces); turn.seq = m.seq; });
+    if (!early.length) setTimeout(() => { if (early.length) model.send({ type: 'sync' }); }, 300);
+    early.push(m);
   };
   return listen(model, ui, redraw, delta);
 }
@@ -99,14 +103,13 @@ function listen(model, { root, input, send, stop, clear }, redraw, delta) {
     const text = input.value.trim();
     if (!text || send.disabled) return;
     model.send({ type: 'ask', text });
-    input.value = ''; input.focus();
+    input.value = '';
   };
-  const heard = m => { if (m.type === 'delta') delta(m); };
   send.onclick = ask;
   input.onkeydown = e => { e.stopPropagation(); if (e.key === 'Enter' && !e.isComposing) ask(); };
   stop.onclick = () => model.send({ type: 'stop' });
   clear.onclick = () => model.send({ type: 'clear' });
-  const events = [['change:turns', redraw], ['change:busy', busy], ['msg:custom', heard]];
+  const events = [['change:turns', redraw], ['change:busy', busy], ['msg:custom', delta]];
   for (const [name, f] of events) model.on(name, f);
   redraw(); busy(); model.send({ type: 'sync' });        // a page opened in the middle of a reply
   return () => { for (const [name, f] of events) model.off(name, f); };
@@ -124,7 +127,7 @@ CSS = """
 .nc-chat .turn.user { align-self: flex-end; padding: 4px 12px; border-radius: 12px; background: rgb(33 118 210 / 20%); }
 .nc-chat .turn.error { color: var(--jp-error-color1, #b3261e); }
 .nc-chat .turn.system, .nc-chat .note { color: var(--jp-content-font-color2, #666); font-style: italic; }
-.nc-chat .tool { font: 12px/1.6 var(--jp-code-font-family, monospace); background: var(--soft); padding: 1px 4px; margin: 0 3px;
+.nc-chat .tool { font: 12px/1.6 var(--jp-code-font-family, monospace); background: var(--soft); padding: 1px 4px; margin: 0 2px;
   border-radius: 4px; }
 .nc-chat .turn.assistant:empty::after { content: '…'; opacity: .5; }
 .nc-chat.busy .turn.assistant:last-child:not(:empty)::after { content: '▍'; opacity: .5; }
@@ -170,7 +173,7 @@ class ChatWidget(anywidget.AnyWidget):
     ):
         super().__init__()
         self.chat, self.interval, self.thread, self.error = chat, interval, None, None
-        self._stop, self._lock, self._ids = threading.Event(), threading.Lock(), itertools.count()
+        self._stop, self._lock, self._ids = threading.Event(), threading.RLock(), itertools.count()
         self.turns = [self._turn(m['role'], message_pieces(m)) for m in chat.messages]
         self.on_msg(self._received)
     @property
@@ -190,14 +193,16 @@ class ChatWidget(anywidget.AnyWidget):
             if kind == 'stop': self.stop()
             if kind == 'clear': self.clear()
         except UserError: kind = 'sync'         # the front end did not know how things stand: tell it
-        if kind == 'sync': self.send_state(['turns', 'busy'])
+        if kind == 'sync':
+            with self._lock: self.send_state(['turns', 'busy'])
 
     def _publish(self, pieces):
         "Add `pieces` to the last turn, here and in every front end"
         if not pieces: return
-        old, new = self.turns[-1], join_pieces(pieces)
-        self.turns[-1] = {**old, 'pieces': join_pieces([*old['pieces'], *new]), 'seq': old['seq'] + 1}
-        self.send({'type': 'delta', 'id': old['id'], 'seq': old['seq'] + 1, 'pieces': new})
+        with self._lock:
+            old, new = self.turns[-1], join_pieces(pieces)
+            self.turns[-1] = {**old, 'pieces': join_pieces([*old['pieces'], *new]), 'seq': old['seq'] + 1}
+            self.send({'type': 'delta', 'id': old['id'], 'seq': old['seq'] + 1, 'pieces': new})
 
     def _write(self, text, stop):
         "Publish the reply to `text` as it is written"
@@ -221,8 +226,9 @@ class ChatWidget(anywidget.AnyWidget):
             if not turns[-1]['pieces']: turns.pop()
             turns.append(self._turn('error', [('text', sentence)]))
         finally:
-            try: self.send_state('turns')       # repairs a front end that missed something
-            finally: self.busy = False
+            with self._lock:
+                try: self.send_state('turns')   # repairs a front end that missed something
+                finally: self.busy = False
 
     def _repr_mimebundle_(self, **kwargs):
         "The live widget, and its transcript for places without one"
@@ -234,9 +240,8 @@ class ChatWidget(anywidget.AnyWidget):
         "Start the reply to `text` and return its thread; raises `UserError` while another reply is being written"
         with self._lock:
             if self.busy: raise UserError('a reply is being written: stop it first, or wait with .thread.join()')
-            self.busy = True
-        self.error, self._stop = None, threading.Event()
-        self.turns = [*self.turns, self._turn('user', [('text', text)]), self._turn('assistant')]
+            self.busy, self.error, self._stop = True, None, threading.Event()
+            self.turns = [*self.turns, self._turn('user', [('text', text)]), self._turn('assistant')]
         self.thread = threading.Thread(target=self._reply, args=(text, self._stop), daemon=True)
         self.thread.start()
         return self.thread

@@ -37,7 +37,7 @@ if [ -n "$small" ]; then
     sft=(--n 3000 --epochs 2 --save-every 50)
 else
     tag="${tag:-tiny}" docs=60000 vocab=2048 exam=1
-    base=(--depth 4 --max-len 256 --tokens 1600000 --batch-tokens 4096 --save-every 50)
+    base=(--depth 3 --max-len 256 --tokens 3000000 --batch-tokens 4096 --save-every 50)
     sft=(--n 12000 --epochs 2 --save-every 50)
 fi
 

@@ -3,7 +3,6 @@
 Skipped where Playwright or a Chromium is missing. `CHROMIUM` names another browser, `NANOCHAT_BROWSER_NOTEBOOK` a real
 notebook with a chat cell to drive too (its kernel gets the environment of this process, such as NANOCHAT_BASE_DIR)."""
 import json, os, shutil, signal, socket, subprocess, sys, time, urllib.request
-from pathlib import Path
 import nbformat, pytest
 
 pytestmark = pytest.mark.browser
@@ -92,7 +91,7 @@ def write(nb, path):
 class Page:
     "A notebook open in the browser, and what went wrong in it"
     def __init__(self, browser, lab, name):
-        self.url, self.name = lab[0], name
+        self.url, self.folder, self.name = *lab, name
         self.page = browser.new_page(viewport={'width': 1100, 'height': 900})
         self.errors, self.dialogs, self.elsewhere = [], [], []
         self.page.on('pageerror', lambda e: self.errors.append(str(e)))
@@ -105,8 +104,8 @@ class Page:
     def wait(self, js, seconds=LONG):
         try: self.page.wait_for_function(js, timeout=1000*seconds)
         except sync_api.TimeoutError:
-            self.page.screenshot(path='/tmp/nanochat_browser_failure.png')
-            raise
+            self.page.screenshot(path=self.folder/'failure.png')
+            pytest.fail(f'waited {seconds} s for {js}; see {self.folder}/failure.png')
     def do(self, command): self.page.evaluate(f"window.jupyterapp.commands.execute('{command}').then(() => null)")
     def start(self, command): self.page.evaluate(f"void window.jupyterapp.commands.execute('{command}')")
 
@@ -180,8 +179,11 @@ def test_reloaded_in_the_middle(page):
     cell = Cell(page, 1)
     page.do('docmanager:save')                          # outputs that were not saved do not come back
     cell.ask('a long one to reload'); cell.until(lambda t: len(t.split('to reload')[-1]) > 100)
-    page.open(reset='')
-    page.wait("document.querySelectorAll('.nc-chat').length === 2")
+    both, lost = "document.querySelectorAll('.nc-chat').length === 2", "document.body.innerText.includes('model not found')"
+    for _ in range(3):                                  # JupyterLab gives up on any widget if the kernel is slow to answer it
+        page.open(reset=''); page.wait(f'{both} || {lost}')
+        if not page.page.evaluate(lost): break
+    page.wait(both)
     cell = Cell(page, 1)
     n = len(cell.until(lambda t: 'to reload' in t and len(t.split('to reload')[-1]) > 100))
     cell.until(lambda t: len(t) > n + 50)               # and the deltas go on from there

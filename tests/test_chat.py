@@ -1,5 +1,5 @@
 "Conversations stay valid whatever happens in the middle of a reply, and the terminal shows nothing but text"
-import io, json, os, re, runpy, subprocess, sys, threading, time
+import io, itertools, os, re, runpy, subprocess, sys, threading, time
 import pytest, torch
 from nanochat.chat import Chat, keep_parts, open_chat, transcript
 from nanochat.checkpoint import save_checkpoint
@@ -14,9 +14,9 @@ TOK = Tokenizer({bytes([i]): i for i in range(256)})
 PRODUCT = 'It is <|python_start|>37*24<|python_end|>, so 888.'
 QUESTION = 'What is 37 times 24?'
 
-def scripted(max_len=1000, tool=None, **replies):
+def scripted(max_len=1000, **replies):
     model = ScriptedModel(TOK, {QUESTION: PRODUCT, **replies}, default='I see.', max_len=max_len)
-    return Engine(model, TOK, **({'tool': tool} if tool else {}))
+    return Engine(model, TOK)
 
 def valid(chat): check_conversation({'messages': chat.messages}) if chat.messages else None
 
@@ -50,12 +50,19 @@ def test_every_way_to_end_a_reply_keeps_it_valid(how):
         assert chat.answer('Are you there?') == 'I see.'
         valid(chat)
 
-def test_an_error_inside_the_engine():
-    def broken(expr): raise RuntimeError('the tool broke')
-    chat = Chat(scripted(tool=broken))
+@pytest.mark.parametrize('after', [0, 1, 7, 20])
+def test_an_error_inside_the_engine(after):
+    chat = Chat(scripted())
+    model, calls = chat.engine.model, iter(range(10_000))
+    class Broken(type(model)):
+        def forward(self, ids, cache):
+            if next(calls) == after: raise RuntimeError('out of memory')
+            return super().forward(ids, cache)
+    model.__class__ = Broken
     with pytest.raises(RuntimeError): chat.answer(QUESTION)
     valid(chat)
     assert chat.answer('Are you there?') == 'I see.'
+    valid(chat)
 
 @pytest.mark.parametrize('max_tokens', [1, 7, 12, None])
 def test_any_length_limit(max_tokens):
@@ -66,7 +73,7 @@ def test_any_length_limit(max_tokens):
 def test_old_exchanges_are_dropped_and_counted(max_len):
     chat = Chat(scripted(max_len=max_len), system='Be kind.', sampling=Sampling(max_tokens=30))
     asked = 0
-    for i in range(12):
+    for i in range(20):
         chat.answer(f'Number {i:02}?'); asked += 1
         valid(chat)
         assert chat.messages[0] == {'role': 'system', 'content': 'Be kind.'}
@@ -98,7 +105,6 @@ def test_two_threads_one_chat():
     assert chat.answer('Two') == 'I see.'
 
 def test_parts_are_always_valid():
-    import itertools
     kinds = ('text', 'python', 'python_output')
     for n in range(6):
         for seq in itertools.product(kinds, repeat=n):
@@ -229,7 +235,7 @@ def test_colours(monkeypatch, env, colour):
 
 def test_no_control_character_reaches_the_terminal():
     hostile = ''.join(map(chr, range(256)))
-    chat, out = Chat(scripted(**{'Say': hostile})), io.StringIO()
+    chat, out = Chat(scripted(**{'Say': hostile}, max_len=2000), sampling=Sampling(max_tokens=None)), io.StringIO()
     lines = iter(['Say', hostile])
     def read(prompt):
         for line in lines: return line

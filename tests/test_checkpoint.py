@@ -127,6 +127,10 @@ def test_load_model_refuses(tmp_path, monkeypatch):
     with torch.no_grad(): assert torch.equal(got.logits(got(ids)), model.logits(model(ids)))
     assert tok2.hash == tok.hash and manifest['tokenizer'] == 't1' and not got.training
     assert all(p.requires_grad for p in got.parameters())
+    before = path/'model.safetensors', (path/'model.safetensors').read_bytes()
+    with open(before[0], 'r+b') as f: f.seek(len(before[1]) // 2); f.write(b'x' * 5000)      # the file changes under a loaded model
+    with torch.no_grad(): assert torch.equal(got.logits(got(ids)), model.logits(model(ids)))
+    before[0].write_bytes(before[1])
     other = Tokenizer({bytes([i]): (i + 1) % 256 for i in range(256)})
     with pytest.raises(UserError, match='another tokenizer') as e: load_model('base', 'a', device='cpu', tok=other)
     assert tok.hash[:12] in str(e.value) and other.hash[:12] in str(e.value) and '\n' not in str(e.value)

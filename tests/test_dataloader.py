@@ -87,7 +87,7 @@ def test_one_document_feeds_one_process(tmp_path):
     write_shards(tmp_path/'d', ['a small document'], ['b'])
     loader = PretrainLoader(tmp_path/'d', 'train', TOK, 4, 200, buffer=100)
     assert (next(loader).targets >= 0).all()
-    with pytest.raises(UserError, match='1 documents in train cannot feed 2 processes'): PretrainLoader(tmp_path/'d', 'train', TOK, 1, 8, rank=1, world_size=2)
+    with pytest.raises(UserError, match='1 documents in train cannot feed process 1 of 2'): PretrainLoader(tmp_path/'d', 'train', TOK, 1, 8, rank=1, world_size=2)
 
 @settings(max_examples=25, deadline=None)
 @given(stop=st.integers(0, 80), B=st.integers(1, 5), T=st.sampled_from([7, 64, 333]), buffer=st.integers(1, 300), world_size=st.integers(1, 3))
@@ -119,7 +119,7 @@ def test_the_state_is_not_shared_with_the_loader(folder):
     (dict(rank=1, world_size=2), 'rank, world_size'), (dict(tok=train_bpe(['abc abc'], 300)), 'tokenizer')])
 def test_a_foreign_state_is_refused(folder, other, says):
     make = lambda tok=TOK, split='val', T=50, **kw: PretrainLoader(folder, split, tok, 2, T, **kw)
-    with pytest.raises(UserError, match=f'of another {says}:'): make(**other).load_state_dict(make().state_dict())
+    with pytest.raises(UserError, match=f'settings or data .{says}.:'): make(**other).load_state_dict(make().state_dict())
 
 @pytest.mark.parametrize('bad', [dict(B=0), dict(T=0), dict(buffer=0), dict(epochs=0)])
 def test_bad_sizes(folder, bad):
@@ -130,6 +130,10 @@ def test_a_damaged_shard_stops_the_loader(folder, tmp_path):
     shutil.copytree(folder, tmp_path/'d')
     shard = tmp_path/'d/train-00001.parquet'; raw = bytearray(shard.read_bytes()); raw[len(raw)//2] ^= 1; shard.write_bytes(raw)
     with pytest.raises(UserError, match='train-00001.parquet, row group'): list(PretrainLoader(tmp_path/'d', 'train', TOK, 4, 64, epochs=1))
+
+
+def test_a_rank_outside_the_world_is_refused(folder):
+    with pytest.raises(UserError, match='cannot feed process 2 of 2'): PretrainLoader(folder, 'train', TOK, 1, 8, rank=2, world_size=2)
 
 
 # --- validation
@@ -205,6 +209,10 @@ def test_chat_resume_is_exact(rendered, stop, buffer, shuffle):
     for _ in range(stop): next(loader)
     other.load_state_dict(json.loads(json.dumps(loader.state_dict())))
     assert all(same(next(loader), next(other)) for _ in range(15)) and loader.ledger == other.ledger
+
+def test_a_state_of_other_conversations_is_refused():
+    one, other = (ChatLoader([chat([1, m, 1])], TOK, 1, 9) for m in (0, 1))
+    with pytest.raises(UserError, match='data .conversations.:'): other.load_state_dict(one.state_dict())
 
 
 # --- real text

@@ -121,6 +121,14 @@ def test_a_lock_ends_with_its_block(tmp_path):
         with pytest.raises(UserError, match='use another --tag'):
             with lock(tmp_path/'new'): pass
 
+def test_a_lock_outlives_its_folder(tmp_path):
+    "`--force` deletes the folder while it holds the lock: others stay out"
+    import shutil
+    with lock(tmp_path/'run'):
+        Run(tmp_path/'run', {}); shutil.rmtree(tmp_path/'run')
+        with pytest.raises(UserError, match='in use'):
+            with lock(tmp_path/'run'): pass
+
 def test_import_draws_nothing():
     code = "import sys, nanochat.record; assert not {'matplotlib', 'IPython', 'ipywidgets'} & set(sys.modules), sorted(sys.modules)"
     subprocess.run([sys.executable, '-c', code], check=True)

@@ -1,19 +1,19 @@
 "The chat cell without a browser: what it keeps, what it sends, what it shows where no widget runs"
-import subprocess, sys, threading
+import subprocess, sys, threading, time
 from html.parser import HTMLParser
 import pytest
 pytest.importorskip('anywidget', reason='anywidget is not installed: pip install nanochat[notebook]')
 from nanochat.chat import Chat
 from nanochat.common import UserError
 from nanochat.conversation import check_conversation
-from nanochat.engine import Engine, ScriptedModel
+from nanochat.engine import Engine, Sampling, ScriptedModel
 from nanochat.tokenizer import Tokenizer
 from nanochat.widget import CSS, ESM, ChatWidget, join_pieces, transcript_html
 
 TOK = Tokenizer({bytes([i]): i for i in range(256)})
-LONG = 'word '*400
+LONG = 'word '*100
 HOSTILE = ['<img src=x onerror=alert(1)>', '<iframe srcdoc="<script>alert(1)</script>">', '<style>@import "http://127.0.0.1:1"</style>',
-           '</div></script><script>alert(1)</script>', '[x](javascript:alert(1))', '"\'&lt;', '\u202eabc', '\x00', '>'*10_000]
+           '</div></script><script>alert(1)</script>', '[x](javascript:alert(1))', '"\'&lt;', '\u202eabc', '\x00', '>'*300]
 
 class Model(ScriptedModel):
     "Says what it is scripted to say, and can be slow, held or broken"
@@ -33,7 +33,7 @@ class Recorded(ChatWidget):
         if hasattr(self, 'sent'): self.sent.append({'type': 'state', 'key': key})
         super().send_state(key)
 
-def make(cls=ChatWidget, **kwargs): return cls(Chat(Engine(Model(**kwargs), TOK)))
+def make(cls=ChatWidget, **kwargs): return cls(Chat(Engine(Model(**kwargs), TOK), sampling=Sampling(max_tokens=None)))
 def text(turn): return ''.join(t for _, t in turn['pieces'])
 
 def test_a_conversation():
@@ -53,7 +53,7 @@ def test_stop_in_the_middle_then_ask_again():
     w = make(gate=gate)
     thread = w.ask('long')
     with pytest.raises(UserError, match='being written'): w.ask('Hello?')
-    while not w.turns[-1]['pieces']: pass
+    while not w.turns[-1]['pieces']: time.sleep(0.001)
     w.stop(); gate.release(10_000); thread.join(20)
     assert not thread.is_alive() and not w.busy and text(w.turns[1]).endswith(' (stopped)')
     w.ask('Hello?').join(20)
@@ -111,8 +111,8 @@ def test_deltas_add_up_to_the_transcript():
 
 def test_few_messages():
     w = make(Recorded)
-    w.ask('long').join()
-    assert 1 < sum(d['type'] == 'delta' for d in w.sent) < 400            # 2000 tokens, as fast as they come
+    start = time.monotonic(); w.ask('long').join(); seconds = time.monotonic() - start
+    assert 1 <= sum(d['type'] == 'delta' for d in w.sent) <= min(500, 2 + seconds/w.interval)        # of 500 tokens
 
 def test_two_at_once():
     one, two = make(), make()
@@ -127,10 +127,11 @@ class Tags(HTMLParser):
 @pytest.mark.parametrize('hostile', HOSTILE, ids=lambda s: s[:12])
 def test_hostile_text_stays_text(hostile):
     w = make(replies={hostile: hostile}); w.ask(hostile).join()
+    w.turns.append({'role': 'error', 'pieces': [['note', hostile*100]]})
     bundle, _ = w._repr_mimebundle_()
     seen = Tags(); seen.feed(bundle['text/html']); seen.close()
     assert seen.tags <= {'div', 'span', 'code', 'i'} and seen.attrs <= {'style'}
-    assert bundle['text/plain'] == f'user: {hostile}\nassistant: {hostile}'
+    assert bundle['text/plain'].startswith(f'user: {hostile}\nassistant: {hostile}')
     assert hostile in seen.text or '\x00' in hostile
 
 def test_a_role_is_escaped_too():

@@ -6,16 +6,16 @@
 __all__ = ['read_conversations', 'gather', 'sft_recipe', 'chat_loss', 'start_from', 'chat_sft', 'main']
 
 # %% ../../nbs/60_chat_sft.ipynb #imports
-import json, time
+import json
 from dataclasses import replace
 from pathlib import Path
 import torch
 from fastcore.script import call_parse
 
 # %% ../../nbs/60_chat_sft.ipynb #imports-ours
-from ..checkpoint import latest, load_checkpoint, load_model
-from ..common import (UserError, as_command, environment, pick_device, print_result, progress, read_json, run_dir,
-                             seed_everything, sha256_file, single_process)
+from ..checkpoint import load_model
+from ..common import (UserError, as_command, environment, pick_device, print_result, read_json, run_dir,
+                             seed_everything, single_process)
 from ..conversation import check_conversation, render
 from ..dataloader import ChatLoader
 from ..head import lm_loss
@@ -70,12 +70,12 @@ def chat_loss(model, rendered, tok, B:int, T:int) -> float:
 
 # %% ../../nbs/60_chat_sft.ipynb #start-from
 def start_from(tag:str, device):
-    "The base model of `tag` and what it was made with: `(model, tokenizer, tokenizer tag, recipe, hash of its manifest)`."
+    "The base model of `tag` and what it was made with: `(model, tokenizer, tokenizer tag, recipe, hash of its weights)`."
     folder = run_dir('base', tag)
     if not (folder/'result.json').exists(): raise UserError(f'{folder} is not finished: run nanochat.scripts.base_train --tag {tag} first')
     model, tok, manifest = load_model('base', tag, device=device)
     recipe = Recipe.from_dict(read_json(folder/'config.json')['recipe'])
-    return model.train(), tok, manifest['tokenizer'], recipe, sha256_file(latest(folder)/'manifest.json')
+    return model.train(), tok, manifest['tokenizer'], recipe, manifest['files']['model.safetensors']['sha256']
 
 # %% ../../nbs/60_chat_sft.ipynb #chat-sft
 def chat_sft(

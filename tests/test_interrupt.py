@@ -1,0 +1,40 @@
+"A run that is killed, whenever, goes on and ends with the numbers of a run that was not"
+import json, os, random, signal, subprocess, sys, time
+import pytest
+from conftest import MICRO, ROOT, result, script
+
+SAME = ('steps', 'tokens', 'train_loss', 'val_bpb', 'val_loss', 'ledger')
+
+def start(base, tag):
+    env = {**os.environ, 'NANOCHAT_BASE_DIR': str(base), 'OMP_NUM_THREADS': '1'}
+    return subprocess.Popen([sys.executable, '-m', 'nanochat.scripts.base_train', *MICRO, '--tag', tag, '--save-every', '4'], env=env, cwd=ROOT,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+def wait_for_step(base, tag, step):
+    metrics, end = base/f'base/{tag}/metrics.jsonl', time.time() + 120
+    while time.time() < end and (not metrics.exists() or metrics.read_bytes().count(b'\n') < step): time.sleep(.01)
+
+@pytest.fixture(scope='module')
+def straight(micro):
+    r = script('base_train', *MICRO, '--tag', 'straight', '--save-every', 4, base=micro)
+    assert r.returncode == 0, r.stderr
+    return {k: result(r)[k] for k in SAME}
+
+@pytest.mark.parametrize('sig,code', [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=lambda x: str(x))
+def test_killed_run_ends_equal(micro, straight, sig, code):
+    tag = f'killed-{int(sig)}'
+    p = start(micro, tag)
+    wait_for_step(micro, tag, random.Random(int(sig)).randrange(6, 20))
+    p.send_signal(sig)
+    assert p.wait(60) == code
+    assert not (micro/f'base/{tag}/result.json').exists()
+    r = script('base_train', *MICRO, '--tag', tag, '--save-every', 4, base=micro)
+    assert r.returncode == 0, r.stderr
+    assert {k: result(r)[k] for k in SAME} == straight
+
+def test_two_processes_in_one_folder(micro):
+    p = start(micro, 'twice')
+    wait_for_step(micro, 'twice', 2)
+    r = script('base_train', *MICRO, '--tag', 'twice', '--save-every', 4, base=micro)
+    p.kill(); p.wait()
+    assert r.returncode == 1 and 'in use' in r.stderr, r.stderr
