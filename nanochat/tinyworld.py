@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['COUNTRIES', 'ELEMENTS', 'PLANETS', 'OPPOSITES', 'COLOURS', 'DAYS', 'MONTHS', 'ANIMALS', 'PEOPLE', 'RELATIONS',
-           'FACTS', 'OPENERS', 'ASKED', 'SUBJECTS', 'PROFILES', 'STYLES', 'LETTERS', 'CHOICES', 'NAMES', 'THINGS',
-           'PLACES', 'OPERATIONS', 'WORDS', 'WRITERS', 'EXAM_ASKED', 'EXAM_CHOICES', 'ONLY_TOLD', 'SUMS', 'COUNTS',
-           'SPELLS', 'ANDS', 'ME', 'HELLO', 'TALK', 'UNKNOWN', 'ASKERS', 'EXAM', 'Dice', 'Fact', 'Relation', 'lines',
-           'fill', 'held_out', 'only_told', 'wordings', 'write_statements', 'write_profile', 'write_questions',
-           'choice_of', 'write_choice', 'story', 'write_story', 'sum_in_exam', 'pick_sum', 'write_numbers', 'spelled',
-           'write_spelling', 'write_lookup', 'write_program', 'Doc', 'document', 'documents', 'entropy_bits_per_byte',
-           'user', 'assistant', 'Question', 'ask_fact', 'ask_told', 'ask_choice', 'ask_sum', 'ask_count',
-           'ask_spelling', 'follow_up', 'ask_turns', 'ask_talk', 'conversation', 'conversations', 'asked_text',
-           'evaluation', 'contaminated']
+           'FACTS', 'OPENERS', 'ASKED', 'SUBJECTS', 'PROFILES', 'STYLES', 'CHOICES', 'NAMES', 'THINGS', 'PLACES',
+           'OPERATIONS', 'WORDS', 'WRITERS', 'EXAM_ASKED', 'EXAM_CHOICES', 'ONLY_TOLD', 'SUMS', 'COUNTS', 'SPELLS',
+           'ANDS', 'ME', 'HELLO', 'TALK', 'UNKNOWN', 'ASKERS', 'EXAM', 'Dice', 'Fact', 'Relation', 'lines', 'fill',
+           'held_out', 'only_told', 'wordings', 'write_statements', 'write_profile', 'write_questions', 'choice_of',
+           'write_choice', 'story', 'write_story', 'sum_in_exam', 'pick_sum', 'write_numbers', 'spelled',
+           'write_spelling', 'write_program', 'Doc', 'document', 'documents', 'entropy_bits_per_byte', 'user',
+           'assistant', 'Question', 'ask_fact', 'ask_told', 'ask_choice', 'ask_sum', 'ask_count', 'ask_spelling',
+           'follow_up', 'ask_turns', 'ask_talk', 'conversation', 'conversations', 'asked_text', 'evaluation',
+           'contaminated']
 
 # %% ../nbs/12_tinyworld.ipynb #imports
 import hashlib, math, random, re
@@ -567,14 +567,11 @@ def write_questions(dice):
     return '\n'.join(style.format(q=dice.pick(wordings(f)), a=fill(RELATIONS[f.relation].reply, f)) for f in facts)
 
 # %% ../nbs/12_tinyworld.ipynb #choice
-LETTERS = 'ABCD'
-
 def choice_of(dice, f, question):
-    "A multiple-choice question about `f`: `(question with options, answer, the options in order)`."
+    "A multiple-choice question about `f`: `(question with options, answer, options)`."
     options = dice.sample([v for v in RELATIONS[f.relation].values() if v != f.value], 3)
     options.insert(dice.below(4), f.value)
-    listing = '\n'.join(f'- {o} {l}' for l, o in zip(LETTERS, options))
-    return f'{question}\n{listing}', f'It is {f.value} {LETTERS[options.index(f.value)]}.', options
+    return '\n- '.join([question, *options]), f'It is {f.value}.', options
 
 def write_choice(dice):
     "One or two multiple-choice questions with answers."
@@ -582,7 +579,7 @@ def write_choice(dice):
     return '\n'.join('\n'.join(choice_of(dice, f, dice.pick(wordings(f)))[:2]) for f in facts)
 
 # %% ../nbs/12_tinyworld.ipynb #choices
-CHOICES = [f for f in ASKED if len(RELATIONS[f.relation].values()) >= 4 and f.relation != 'symbol']   # symbols look like letters
+CHOICES = [f for f in ASKED if len(RELATIONS[f.relation].values()) >= 4]
 
 # %% ../nbs/12_tinyworld.ipynb #write-story
 NAMES = [l.split(',')[0] for l in PEOPLE]
@@ -658,13 +655,6 @@ def write_spelling(dice):
     "How some words are spelled, how long they are, how they begin and end."
     return ' '.join(_spelling_line(dice) for _ in range(3 + dice.below(5)))
 
-# %% ../nbs/12_tinyworld.ipynb #write-lookup
-def write_lookup(dice):
-    "Words with numbers or letters, and the same again in another order: the second half can be looked up in the first."
-    words, letters = dice.sample(WORDS + NAMES, 4 + dice.below(6)), dice.below(2)
-    pairs = [f"{w} {dice.pick('ABCDEFGH') if letters else 2 + dice.below(98)}" for w in words]
-    return f"List: {', '.join(pairs)}. Again: {', '.join(dice.sample(pairs, len(pairs)))}."
-
 # %% ../nbs/12_tinyworld.ipynb #write-program
 def write_program(dice):
     "A tiny Python program and what it prints."
@@ -679,8 +669,8 @@ def write_program(dice):
     return f'{x} = "{w}" * {a}\nprint(len({x}))\n# prints {len(w) * a}'
 
 # %% ../nbs/12_tinyworld.ipynb #documents
-WRITERS = {write_statements: 24, write_profile: 14, write_questions: 22, write_choice: 12, write_story: 4,
-           write_numbers: 4, write_spelling: 6, write_lookup: 12, write_program: 2}
+WRITERS = {write_statements: 28, write_profile: 16, write_questions: 24, write_choice: 10,
+           write_story: 7, write_numbers: 5, write_spelling: 8, write_program: 2}
 
 class Doc(NamedTuple):
     "A document, the surprisal of its choices in bits, and the name of its kind."
@@ -756,12 +746,10 @@ def ask_told(dice, exam=True):
 
 # %% ../nbs/12_tinyworld.ipynb #ask-choice
 def ask_choice(dice, exam=False):
-    "A multiple-choice question; the answer is the value with its letter."
+    "A multiple-choice question."
     f = dice.pick(EXAM_CHOICES if exam else CHOICES)
     text, reply, options = choice_of(dice, f, dice.pick(wordings(f, exam)))
-    right = reply[len('It is '):-1]
-    wrong = tuple(w for o in options for l in LETTERS if (w := f'{o} {l}') != right)
-    return Question('multiple choice', [user(text)], right, wrong), [assistant(reply)]
+    return Question('multiple choice', [user(text)], f.value, tuple(o for o in options if o != f.value)), [assistant(reply)]
 
 # %% ../nbs/12_tinyworld.ipynb #ask-sum
 SUMS = ['What is {a} {op} {b}?', 'How much is {a} {op} {b}?', 'Calculate {a} {op} {b}.', 'Compute {a} {op} {b}.', '{a} {op} {b} = ?',

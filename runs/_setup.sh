@@ -41,7 +41,7 @@ hash="$("$PYTHON" -c 'import hashlib; print(hashlib.sha256(open("pyproject.toml"
 if ! grep -qs "^$hash ${extras:+$extras\$}" "$stamp"; then
     what=".${extras:+[$extras]}"
     say "setup: installing $what into .venv (minutes, the first time)"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check -e "$what" || die "pip could not install $what: see the lines above"
+    "$PYTHON" -m pip install --disable-pip-version-check -e "$what" >&2 || die "pip could not install $what: see the lines above"
     grep -s "^$hash " "$stamp" > "$stamp.new" || true          # lines of another pyproject.toml are void
     echo "$hash $extras" >> "$stamp.new"
     mv "$stamp.new" "$stamp"

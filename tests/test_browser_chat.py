@@ -150,8 +150,10 @@ def test_stream_stop_ask_again(page):
     cell = Cell(page)
     print('lengths', check_growth(cell, 'a long one'))
     cell.ask('again'); cell.until(lambda t: 'A short answer.' in t); cell.idle()
+    for i in range(8): cell.ask(f'number {i}'); cell.until(lambda t: f'number {i}' in t); cell.idle()     # Stop never stays lit
+    n = cell.text().count('A short answer.')
     cell.root.locator('input').fill('with Enter'); cell.root.locator('input').press('Enter')
-    assert cell.until(lambda t: t.count('A short answer.') == 2).count('with Enter') == 1
+    assert cell.until(lambda t: t.count('A short answer.') == n + 1).count('with Enter') == 1
 
 def test_hostile_text_stays_text(page):
     cell = Cell(page)

@@ -152,6 +152,13 @@ def test_notebooks_are_small_and_complete():
             errors = [o['ename'] for o in c.get('outputs', []) if o['output_type'] == 'error']
             assert not errors or 'raises-exception' in c['metadata'].get('tags', []), f'{p.name}#{c["id"]} stores {errors}'
 
+def test_lessons_fix_their_threads():
+    "Sums depend on how many threads share them, and a lesson's stored outputs are compared"
+    for p in notebooks('lessons'):
+        code = '\n'.join(source(c) for c in cells(p) if c['cell_type'] == 'code')
+        computes = re.search(r'^\s*(import|from) (torch|nanochat)\b', code, re.M)
+        assert not computes or 'torch.set_num_threads(' in code, f'{p.name}: call torch.set_num_threads(1) at the top'
+
 
 # --- what the code may be
 
