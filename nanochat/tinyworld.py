@@ -838,7 +838,7 @@ def ask_talk(dice, exam=False):
     return Question('talk', [user(ask)], TALK[ask]), [assistant(TALK[ask])]
 
 # %% ../nbs/12_tinyworld.ipynb #conversations
-ASKERS = {ask_fact: 30, ask_choice: 16, ask_turns: 18, ask_sum: 16, ask_count: 9, ask_spelling: 6, ask_talk: 5}
+ASKERS = {ask_fact: 26, ask_choice: 12, ask_turns: 18, ask_sum: 20, ask_count: 10, ask_spelling: 9, ask_talk: 5}
 
 def conversation(i, seed=0):
     "Training conversation number `i` of a seed, as `{'messages': [...]}`."

@@ -29,7 +29,8 @@ def train_step(
     if not total: return 0., 0, False
     loss = 0.
     for b in batches:
-        part = lm_loss(model, b.inputs, b.targets, 'sum') / total
+        inputs, targets = (t.to(model.device, non_blocking=True) for t in (b.inputs, b.targets))
+        part = lm_loss(model, inputs, targets, 'sum') / total
         part.backward()
         loss += part.item()
     moved = optimizer.step()
@@ -88,7 +89,7 @@ def resume_snapshot(run, model, optimizer, loader, tokenizer) -> dict:
     "Load the newest good checkpoint of the run into everything; returns its state (`step` 0 when there is none)."
     path = latest(run.folder)
     if path is None: return dict.fromkeys(CLOCK, 0)
-    saved = load_checkpoint(path, model.device)
+    saved = load_checkpoint(path, model.device, verified=True)                # latest has just read every byte
     if saved['manifest']['tokenizer_hash'] != tokenizer[1]:
         raise UserError(f'{path} was trained with another tokenizer than {tokenizer[0]!r}: use that one, another --tag, or --force')
     model.load_state_dict(saved['model'])

@@ -33,12 +33,12 @@ export PYTHONUNBUFFERED=1
 
 if [ -n "$small" ]; then
     tag="${tag:-small}" docs=6000 vocab=1024 exam=0.2
-    base=(--depth 2 --max-len 256 --tokens 800000 --batch-tokens 2048 --save-every 50)
-    sft=(--n 4000 --epochs 3 --batch-tokens 2048 --save-every 50)
+    base=(--depth 2 --max-len 256 --tokens 800000 --batch-tokens 2048 --save-every 100)
+    sft=(--n 4000 --epochs 3 --batch-tokens 2048 --save-every 100)
 else
     tag="${tag:-tiny}" docs=60000 vocab=2048 exam=1
-    base=(--depth 3 --max-len 512 --tokens 2200000 --batch-tokens 4096 --save-every 50)
-    sft=(--n 12000 --epochs 2 --save-every 50)
+    base=(--depth 3 --max-len 512 --tokens 1700000 --batch-tokens 2048 --save-every 100)
+    sft=(--n 12000 --epochs 2 --batch-tokens 2048 --save-every 100)
 fi
 
 stage() {                                          # stage TITLE MODULE FLAGS...: run it; its last line, the JSON, is in result.json too

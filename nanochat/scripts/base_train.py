@@ -6,7 +6,7 @@
 __all__ = ['theory_marks', 'evaluator', 'set_up', 'peak_memory_mb', 'base_train', 'main']
 
 # %% ../../nbs/35_base_train.ipynb #imports
-import math, resource, time
+import math, sys, time
 from collections import Counter
 import torch
 from fastcore.script import call_parse
@@ -62,9 +62,11 @@ def set_up(source, tok, r, seed, device):
 
 # %% ../../nbs/35_base_train.ipynb #peak-memory
 def peak_memory_mb(device) -> int:
-    "Most memory that this process has held, in MiB: of the GPU on cuda, of the machine elsewhere."
+    "Most memory that this process has held, in MiB: of the GPU on cuda, of the machine elsewhere; 0 where the system does not say."
     if device.type == 'cuda': return torch.cuda.max_memory_allocated() // 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    try: import resource
+    except ImportError: return 0                                             # Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == 'darwin' else 2**10)
 
 # %% ../../nbs/35_base_train.ipynb #base-train
 def base_train(
