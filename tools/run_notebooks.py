@@ -28,12 +28,12 @@ def not_evaluated(cell):
     return cell.cell_type == 'code' and bool(re.match(r'(#\s*\|.*\n)*#\s*\|\s*eval:\s*false', cell.source))
 
 def tidy(nb, keep_bars):
-    "Drop what does not outlive the kernel: live widgets with their random ids, and (in nbs/) bars that stand at 0%"
+    "Drop what does not outlive the kernel: live widgets with their random ids, and bars that stand at 0% where nothing compares them"
     nb.metadata.pop('widgets', None)
     for cell in nb.cells:
         if cell.cell_type != 'code': continue
         bar = lambda o: VIEW in o.get('data', {}) and EMPTY_BAR.match(o.data.get('text/plain', ''))
-        if not keep_bars: cell.outputs = [o for o in cell.outputs if not bar(o)]
+        if not keep_bars or 'nbval-ignore-output' in cell.metadata.get('tags', []): cell.outputs = [o for o in cell.outputs if not bar(o)]
         for out in cell.outputs:
             if len(out.get('data', {})) > 1: out.data.pop(VIEW, None)     # the text/html or text/plain fallback stays
 
