@@ -1,10 +1,12 @@
 "What every pytest run of this repository needs: groups for its workers, threads, a folder of its own, and peace between nbdev and nbval"
-import os, shutil, tempfile
+import os, shutil, signal, tempfile, threading
 import pytest
 
 
 def pytest_configure(config):
     "A run folder of its own, so that no test touches the runs of the person who tests, and one core per worker"
+    if threading.current_thread() is threading.main_thread():        # a shell starts background jobs with Ctrl-C ignored, and children inherit that
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if 'NANOCHAT_BASE_DIR' not in os.environ:
         config.nanochat_base = os.environ['NANOCHAT_BASE_DIR'] = tempfile.mkdtemp(prefix='nanochat-test-')     # workers inherit it
     workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', '1'))

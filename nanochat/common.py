@@ -237,6 +237,8 @@ def _leave(sentence, code):
     r = ranks()
     who = f' (rank {r.rank})' if r.world_size > 1 else ''
     print(f'error{who}: ' + ' '.join(str(sentence).split()), file=sys.stderr, flush=True)
+    try: sys.stdout.flush()
+    except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1)            # full or closed: Python writes once more when it ends
     raise SystemExit(code)
 
 # %% ../nbs/00_common.ipynb #as-command
@@ -249,9 +251,7 @@ def as_command():
     try: yield
     except UserError as e: _leave(e, 1)
     except KeyboardInterrupt: _leave('stopped from the keyboard', 130)      # 128 + 2, the number of that signal
-    except BrokenPipeError:                                                 # as after `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)                        # Python writes once more when it ends
-        _leave('nobody reads the output any more', 1)
+    except BrokenPipeError: _leave('nobody reads the output any more', 1)    # as after `| head`
     except Exception as e:
         if not _disk_full(e): raise
         where = getattr(e, 'filename', None) or 'perhaps that of NANOCHAT_BASE_DIR, ' + str(base_dir())

@@ -35,6 +35,7 @@ def test_killed_run_ends_equal(micro, straight, sig, code):
 def test_two_processes_in_one_folder(micro):
     p = start(micro, 'twice')
     wait_for_step(micro, 'twice', 2)
+    p.send_signal(signal.SIGSTOP)                         # it sleeps, and holds the folder
     r = script('base_train', *MICRO, '--tag', 'twice', '--save-every', 4, base=micro)
     p.kill(); p.wait()
     assert r.returncode == 1 and 'in use' in r.stderr, r.stderr
