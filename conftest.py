@@ -16,12 +16,13 @@ def pytest_unconfigure(config):
     made = getattr(config, 'nanochat_base', None)
     if made: shutil.rmtree(made, ignore_errors=True)
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(optionalhook=True)      # pytest-xdist calls it, where that is installed
+def pytest_xdist_make_scheduler(config, log):
     "One worker takes a file as a whole; the notebooks of nbs/ are apart from each other, though one file tests them"
-    for item in items:
-        alone = item.path.name == 'test_nbs.py'
-        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.path.name))
+    from xdist.scheduler import LoadScopeScheduling
+    class ByFile(LoadScopeScheduling):   # not --dist=loadgroup: with pytest 9.2, pytest-xdist 3.8 silently forgets the groups
+        def _split_scope(self, nodeid): return nodeid if 'test_nbs.py' in nodeid else nodeid.split('::')[0]
+    return ByFile(config, log)
 
 def pytest_itemcollected(item):
     "nbval reads `execution_count: null` as 'never run', and nbdev-clean writes exactly that: make the two agree"
