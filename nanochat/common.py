@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UserError', 'base_dir', 'run_dir', 'Ranks', 'ranks', 'single_process', 'pick_device', 'pick_dtype', 'seed_everything',
-           'synchronize', 'atomic_write', 'write_json', 'read_json', 'sha256_file', 'progress', 'as_command',
-           'print_result', 'environment']
+           'synchronize', 'atomic_write', 'write_json', 'read_json', 'differences', 'sha256_file', 'progress',
+           'as_command', 'print_result', 'environment']
 
 # %% ../nbs/00_common.ipynb #std-imports
 import contextlib, errno, hashlib, json, math, os, platform, random, re, secrets, subprocess, sys, warnings
@@ -185,6 +185,17 @@ def read_json(path):
     except OSError as e: raise UserError(f'cannot read {path}: {(e.strerror or str(e)).lower()}') from e
     except (ValueError, RecursionError) as e:
         raise UserError(f'{path} is damaged (not JSON: {e}): delete it and run the step that writes it again') from e
+
+# %% ../nbs/00_common.ipynb #differences
+def differences(
+    old:dict, # settings read from a file
+    new:dict, # settings of today
+) -> str: # 'seed was 0, now 1; ...'; empty when nothing differs
+    "What differs between two records of settings, in words for an error message"
+    old, new = ({k: json.loads(json.dumps(_plain(v), default=str)) for k, v in s.items()} for s in (old, new))
+    def shown(settings, k): return repr(settings[k]) if k in settings else 'not set'
+    keys = [k for k in {**old, **new} if k not in old or k not in new or old[k] != new[k]]
+    return '; '.join(f'{k} was {shown(old, k)}, now {shown(new, k)}' for k in keys)
 
 # %% ../nbs/00_common.ipynb #sha256-file
 def sha256_file(

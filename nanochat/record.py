@@ -14,7 +14,7 @@ from pathlib import Path
 # %% ../nbs/33_record.ipynb #imports-project
 from fastcore.basics import patch
 
-from .common import UserError, atomic_write, read_json, write_json
+from .common import UserError, atomic_write, differences, read_json, write_json
 
 # %% ../nbs/33_record.ipynb #plain
 _ODD = {'nan': math.nan, 'inf': math.inf, '-inf': -math.inf}
@@ -116,10 +116,9 @@ def finished(
     "The result, if this very run is finished. UserError if another one is, naming the settings that differ"
     result = read_result(folder)
     if result is None: return None
-    old, new = read_json(Path(folder)/'config.json'), json.loads(json.dumps(config, default=str))
-    differ = [f'{k} was {old.get(k)!r}, now {new.get(k)!r}' for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    differ = differences(read_json(Path(folder)/'config.json'), config)
     if not differ: return result
-    raise UserError(f"{folder} holds a finished run with other settings ({'; '.join(differ)}): pass --force to replace it, or another --tag")
+    raise UserError(f"{folder} holds a finished run with other settings ({differ}): pass --force to replace it, or another --tag")
 
 # %% ../nbs/33_record.ipynb #lock
 @contextmanager

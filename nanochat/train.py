@@ -7,14 +7,14 @@ __all__ = ['CLOCK', 'MAX_SKIPPED', 'train_step', 'interruptible', 'leave', 'star
            'check_alive', 'Loop', 'train']
 
 # %% ../nbs/34_train.ipynb #imports
-import json, math, shutil, signal, threading, time
+import math, shutil, signal, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 import torch
 
 # %% ../nbs/34_train.ipynb #imports-ours
 from .checkpoint import latest, load_checkpoint, rng_state, save_checkpoint, set_rng_state
-from .common import UserError, progress, read_json, synchronize
+from .common import UserError, differences, progress, read_json, synchronize
 from .head import lm_loss
 from .scaling import set_schedule
 from .record import Run, finished
@@ -71,9 +71,8 @@ def start_run(
     result = finished(folder, config)
     if result is not None: return None, result
     if (folder/'config.json').exists():
-        old, new = read_json(folder/'config.json'), json.loads(json.dumps(config))
-        differ = [f'{k} was {old.get(k)!r}, now {v!r}' for k, v in new.items() if old.get(k) != v]
-        if differ: raise UserError(f"{folder} holds an interrupted run with other settings ({'; '.join(differ)}): "
+        differ = differences(read_json(folder/'config.json'), config)
+        if differ: raise UserError(f"{folder} holds an interrupted run with other settings ({differ}): "
                                    'go on with those, pass --force to replace it, or use another --tag')
     return Run(folder, config), None
 
