@@ -52,7 +52,7 @@ def test_bad_parquet(tmp_path, columns, says):
 def test_damaged_source_parquet_is_named(tmp_path):
     pq.write_table(pa.table({'text': DOCS}), tmp_path/'a.parquet', write_page_checksum=True)
     raw = bytearray((tmp_path/'a.parquet').read_bytes()); raw[len(raw)//3] ^= 4; (tmp_path/'a.parquet').write_bytes(raw)
-    with pytest.raises(UserError, match='a.parquet is not a whole parquet file'): list(read_texts(tmp_path))
+    with pytest.raises(UserError, match='a.parquet, row group 0 is damaged'): list(read_texts(tmp_path))
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=['Cs'])).filter(str.strip), min_size=2, max_size=20))
