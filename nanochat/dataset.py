@@ -61,7 +61,7 @@ def _or_skip(skipped, kind):
         skipped.add(kind, str(e))
 
 # %% ../nbs/13_dataset.ipynb #how
-MAX_DOC = 32 << 20      # bytes of one document
+MAX_DOC = 32_000_000     # bytes of one document
 
 class _How(NamedTuple):
     "The wishes of whoever reads"

@@ -452,13 +452,13 @@ def describe_plan(
 def _planned(source, folder, shards, revision, patience):
     "The manifest of what is wanted; the commit that the folder has is kept"
     old = read_raw_manifest(folder)
-    if old and old['repo'] != source.repo: raise UserError(f'{folder} holds {old["repo"]}, not {source.repo}: choose another --name')
+    if old and old['repo'] != source.repo: raise UserError(f'{folder} holds {old["repo"]}, not {source.repo}: choose another --raw folder')
     if old and revision in (None, old['revision'], old['commit']):
         if _enough(old, shards): return old
         revision, commit = old['revision'], old['commit']
     else: revision = revision or 'main'; commit = hub_commit(source.repo, revision, patience)
     if old and commit != old['commit']:
-        raise UserError(f'{folder} holds commit {old["commit"][:12]}, and {revision} is {commit[:12]}: choose another --name, or delete the folder')
+        raise UserError(f'{folder} holds commit {old["commit"][:12]}, and {revision} is {commit[:12]}: choose another --raw folder, or delete this one')
     train, val = choose(hub_files(source.repo, commit, patience), source, shards)
     for f in train + val: _safe(f.path)
     return _raw_manifest(source, revision, commit, train, val)

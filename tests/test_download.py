@@ -416,3 +416,144 @@ def test_a_missing_file_is_a_failed_command(server, tmp_path):
     p = child(tmp_path, server)
     out, err = p.communicate(timeout=60)
     assert p.returncode == 1 and 'Traceback' not in err and 'shard_00001.parquet' in err.splitlines()[-1]
+
+
+# --- the data command over a hub
+
+from nanochat.dataset import documents, read_manifest
+from nanochat.scripts import data as script
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    monkeypatch.setenv('NANOCHAT_BASE_DIR', str(tmp_path/'base'))
+    monkeypatch.setattr(script, 'fetch_files', lambda *a, **kw: fetch(*a, patience=QUICK, **kw))
+    return tmp_path/'base'
+
+def texts(*shards): return [f'Shard {i}, document {j}.' for i in shards for j in range(50)]
+
+def known(monkeypatch, source): monkeypatch.setitem(SOURCES, 'climbmix', source)
+
+def test_a_dataset_by_name_becomes_shards(server, base, monkeypatch):
+    raw, source = hub(server)
+    known(monkeypatch, source)
+    r = script.prepare('climbmix', shards='2')
+    assert list(documents(r['folder'], 'train')) == texts(0, 1) and list(documents(r['folder'], 'val')) == texts(4)
+    m = read_manifest(r['folder'])
+    assert m['meta']['validation'] == ['shard_00004.parquet'] and m['meta']['commit'] == COMMIT and m['meta']['train_docs_in_val'] == 0
+    assert m['meta']['sha256']['shard_00001.parquet'] == hashlib.sha256(raw['shard_00001.parquet']).hexdigest()
+    server.seen.clear()
+    assert script.prepare('climbmix', shards='2') == r and script.prepare('climbmix') == r and server.seen == []
+    with pytest.raises(UserError, match='train_files was 2, now 3'): script.prepare('climbmix', shards='3')
+
+def test_a_foreign_parquet_file_is_ignored(server, base, monkeypatch):
+    raw, source = hub(server)
+    known(monkeypatch, source)
+    script.fetch('climbmix', '1')
+    for name in ('shard_99999.parquet', 'aaa.parquet', 'val.parquet'): pq.write_table(pa.table({'text': ['foreign']}), base/'raw/climbmix'/name)
+    r = script.prepare('climbmix')
+    assert list(documents(r['folder'], 'train')) == texts(0) and list(documents(r['folder'], 'val')) == texts(4)
+
+def test_the_number_of_documents_can_be_asked_for(server, base, monkeypatch):
+    raw, source = hub(server)
+    known(monkeypatch, source)
+    r = script.prepare('climbmix', docs=60, shards='2')
+    assert list(documents(r['folder'], 'train')) == texts(0, 1)[:60] and r['config']['docs'] == 60
+
+def test_files_of_any_repository(server, base):
+    raw, source = hub(server, repo='someone/else', name='part-{}.parquet')
+    r = script.prepare('someone/else', shards='5', val_fraction=.3)                 # no file is named for validation: the hash decides
+    got = [[*documents(r['folder'], s)] for s in ('train', 'val')]
+    assert sorted(sum(got, [])) == sorted(texts(0, 1, 2, 3, 4)) and 40 < len(got[1]) < 110 and r['name'] == 'someone--else'
+
+def test_prefetch_then_no_network(server, base, monkeypatch, tmp_path, capsys):
+    raw, source = hub(server)
+    known(monkeypatch, source)
+    stick = tmp_path/'stick'
+    r = script.prefetch('climbmix', str(stick), '3')
+    assert r['sources']['climbmix']['train_files'] == 3 and '--offline' in capsys.readouterr().out
+    server.shutdown(); server.server_close()
+    monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')                          # nothing listens there
+    for offline in (True, False):
+        p = script.prepare('climbmix', raw=str(stick), offline=offline, force=True, shards='3')
+        assert list(documents(p['folder'], 'train')) == texts(0, 1, 2)
+    assert script.verify(raw=str(stick))['verified'] == [str(stick/'climbmix')]
+    (stick/'climbmix/shard_00002.parquet').unlink()
+    with pytest.raises(UserError, match='offline, and 1 of 4 files are missing.*shard_00002.parquet'): script.prepare('climbmix', raw=str(stick), offline=True, shards='3', force=True)
+    with pytest.raises(UserError, match='shard_00002.parquet: it is missing'): script.verify('climbmix', raw=str(stick))
+    with pytest.raises(UserError, match='offline.*asks for 4|offline, and 1 of'): script.fetch('climbmix', '4', raw=str(stick), offline=True)
+
+def test_verify_names_what_is_damaged_in_both_places(server, base, monkeypatch):
+    raw, source = hub(server)
+    known(monkeypatch, source)
+    r = script.prepare('climbmix')
+    assert len(script.verify('climbmix')['verified']) == 2
+    for p in (base/'raw/climbmix/shard_00000.parquet', base/'data/climbmix/train-00000.parquet', base/'data/climbmix/val-00000.parquet'):
+        b = bytearray(p.read_bytes()); b[40] ^= 1; p.write_bytes(b)
+    with pytest.raises(UserError) as e: script.verify('climbmix')
+    assert all(n in str(e.value) for n in ('shard_00000.parquet', 'train-00000.parquet', 'val-00000.parquet')) and 'shard_00004' not in str(e.value)
+
+def chats(i):
+    rows = [{'messages': [{'role': 'user', 'content': f'Question {i}.{j}?'}, {'role': 'assistant', 'content': f'Answer {i}.{j}.'}], 'source': 'x'} for j in range(20)]
+    if i == 1: rows[7]['messages'].pop()                                              # ends with the user
+    sink = pa.BufferOutputStream(); pq.write_table(pa.table({'messages': [r['messages'] for r in rows], 'source': [r['source'] for r in rows]}), sink)
+    return sink.getvalue().to_pybytes()
+
+def test_conversations(server, base, monkeypatch):
+    raw, source = hub(server, n=2, repo='owner/chats', name='data/train-{:05d}-of-00002.parquet', make=chats)
+    monkeypatch.setitem(SOURCES, 'smoltalk', Source('owner/chats', '*.parquet', 'named', 'conversations'))
+    with pytest.raises(UserError, match='row group 0, row 8: the last message is of user'): script.prepare('smoltalk', shards='2')
+    assert not (base/'data/smoltalk').exists()
+    r = script.prepare('smoltalk', shards='2', skip_bad=True, val_fraction=.2)
+    lines = {s: [json.loads(l) for l in (Path(r['folder'])/f'{s}.jsonl').read_text().splitlines()] for s in ('train', 'val')}
+    assert sum(map(len, lines.values())) == 39 and r['meta']['skipped']['counts'] == {'row': 1} and 1 < len(lines['val']) < 20
+    assert all([m['role'] for m in c['messages']] == ['user', 'assistant'] and set(c) == {'messages'} for c in sum(lines.values(), []))
+    assert script.prepare('smoltalk', shards='2', skip_bad=True, val_fraction=.2) == r
+    with pytest.raises(UserError, match='holds conversations, not documents'): read_manifest(r['folder'])
+    (Path(r['folder'])/'val.jsonl').write_text('')
+    with pytest.raises(UserError, match='val.jsonl is damaged'): script.verify('smoltalk')
+
+def test_streaming_through_datasets(base, tmp_path, monkeypatch):
+    datasets = pytest.importorskip('datasets')
+    (tmp_path/'rows.jsonl').write_text(''.join(json.dumps({'text': f'Row {i}.', 'id': i}) + '\n' for i in range(300)))
+    real, asked = datasets.load_dataset, []
+    def local(*args, **kw):
+        asked.append((args, kw))
+        return real('json', data_files=str(tmp_path/'rows.jsonl'), split=kw['split'], streaming=kw['streaming'], cache_dir=str(tmp_path/'cache'))
+    monkeypatch.setattr(datasets, 'load_dataset', local)
+    with pytest.raises(UserError, match='--docs N'): script.prepare('hf:owner/rows')
+    r = script.prepare('hf:owner/rows:en', docs=100, val_docs=20)
+    assert list(documents(r['folder'], 'val')) == [f'Row {i}.' for i in range(20)] and list(documents(r['folder'], 'train')) == [f'Row {i}.' for i in range(20, 120)]
+    assert asked == [(('owner/rows', 'en'), dict(split='train', streaming=True, revision=None))]
+    with pytest.raises(UserError, match='offline'): script.prepare('hf:owner/rows', docs=100, offline=True, name='y')
+    monkeypatch.setattr(datasets, 'load_dataset', lambda *a, **kw: (_ for _ in ()).throw(ConnectionError("Couldn't reach the Hub\nlong story")))
+    with pytest.raises(UserError, match="owner/rows cannot be read .ConnectionError: Couldn't reach the Hub."): script.prepare('hf:owner/rows', docs=10, name='z')
+
+def test_without_the_datasets_package(base, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'datasets', None)
+    with pytest.raises(UserError, match=r"needs the datasets package: pip install 'nanochat\[data\]'"): script.prepare('hf:owner/rows', docs=10)
+
+@pytest.mark.parametrize('args, says', [
+    (['fecth'], "no action 'fecth': did you mean fetch"), (['destroy'], 'no action .destroy.: it has fetch, prepare'), (['fetch', '--shard', '3'], 'did you mean --shards'),
+    (['fetch', '--workers', 'many'], 'invalid int value'), (['inspect', 'x'], 'does not know x'), (['prepare', '--docs'], 'expected one argument')])
+def test_a_mistyped_command_is_one_sentence(capsys, args, says):
+    with pytest.raises(SystemExit) as e: script.main(args)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and re.search(says, err) and err.startswith('error: ') and err.count('\n') == 1
+
+@pytest.mark.parametrize('kw, says', [
+    (dict(source='tinyworld'), 'needs no download'), (dict(source='tests'), 'is on this machine'), (dict(shards='0'), '--shards'), (dict(shards='few'), '--shards must be a number'),
+    (dict(workers=0), '--workers'), (dict(source='climb'), 'did you mean climbmix'), (dict(source='xyz'), 'known by name are')])
+def test_wrong_wishes(server, base, monkeypatch, kw, says):
+    raw, source = hub(server)
+    known(monkeypatch, source)
+    monkeypatch.chdir(Path(__file__).resolve().parent.parent)
+    with pytest.raises(UserError, match=says): script.fetch(**kw)
+
+def test_help_teaches(capsys):
+    script.main([])
+    overview = capsys.readouterr().out
+    for action, f in script.ACTIONS.items():
+        assert action in overview
+        with pytest.raises(SystemExit) as e: script.main([action, '--help'])
+        text = capsys.readouterr().out
+        assert e.value.code == 0 and all(f'--{a.replace("_", "-")}' in text for a in f.__code__.co_varnames[:f.__code__.co_argcount])
