@@ -593,13 +593,13 @@ NAMES = [l.split(',')[0] for l in PEOPLE]
 THINGS = lines('ball\nbook\ncup\nhat\nkey\nlamp\nletter\npen\nring\nspoon')
 PLACES = lines('kitchen\ngarden\nhall\ncellar\nattic\nstable\nlibrary\nyard')
 
-def story(dice):
-    "A short story in which one thing is carried about: `(text, thing, place where it ends)`."
+def story(dice, steps=None):
+    "A short story in which one thing is carried about: `(text, thing, place where it ends)`. One to three `steps` by default."
     who, other = dice.sample(NAMES, 2)
     thing, places = dice.pick(THINGS), dice.sample(PLACES, 2)
     text = [f'{who} is in the {places[0]}.', f'{other} is in the {places[1]}.', f'{who} takes the {thing}.']
     where, carried = places[0], True
-    for _ in range(1 + dice.below(3)):
+    for _ in range(steps or 1 + dice.below(3)):
         if carried and dice.cases(1, 2) == 0:
             text.append(f'{who} puts the {thing} down.'); carried = False
         else:
