@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BACKWARDS', 'DAYS_OF', 'PET', 'LEGS', 'PROTONS', 'LEVELS', 'FAMILIES', 'EXAM_STEPS', 'CORE_TASKS', 'LETTERS',
            'CHAT_KINDS', 'IDENTITY', 'MISSING', 'CANNOT', 'HARM', 'THEN', 'FORMS', 'SFT_MAKERS', 'SFT_MIX', 'RUDE',
-           'EVADE', 'FAULTS', 'REASONS', 'distinct', 'final_answer', 'Problem', 'leaks', 'problems', 'Family',
-           'Program', 'make_program', 'programs', 'CoreTask', 'core_rows', 'write_jsonl', 'write_core', 'ask_letter',
-           'ask_story', 'ChatTask', 'chat_tasks', 'sft_conversation', 'sft_conversations', 'Preference', 'preferences',
-           'shown', 'leaked']
+           'EVADE', 'FAULTS', 'EXAM_FACTS', 'REASONS', 'distinct', 'final_answer', 'Problem', 'leaks', 'problems',
+           'Family', 'Program', 'make_program', 'programs', 'CoreTask', 'core_rows', 'write_jsonl', 'write_core',
+           'ask_letter', 'ask_story', 'ChatTask', 'chat_tasks', 'sft_conversation', 'sft_conversations', 'Preference',
+           'preferences', 'shown', 'leaked']
 
 # %% ../nbs/12a_worldtasks.ipynb #imports
 import json, re
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 from .common import UserError, atomic_write
-from .tinyworld import (ASKED, COUNTS, Dice, EXAM_CHOICES, FACTS, Fact, NAMES, ONLY_TOLD, PLACES, Question,
+from .tinyworld import (ASKED, COUNTS, Dice, EXAM_ASKED, EXAM_CHOICES, FACTS, Fact, NAMES, ONLY_TOLD, PLACES, Question,
     RELATIONS, SPELLS, SUMS, TALK, THINGS, WORDS, OPERATIONS, ask_choice, ask_count, ask_fact, ask_spelling, ask_sum, ask_told, ask_turns,
     asked_text, assistant, fill, held_out, spelled, story, sum_in_exam, user, wordings, write_statements)
 
@@ -601,9 +601,11 @@ FAULTS = {'wrong fact': _wrong_fact, 'answers another question': _other_answer,
     'too long': lambda dice, f: f'{fill(RELATIONS[f.relation].reply, f)} {write_statements(dice)}',
     'evasive': lambda dice, f: dice.pick(EVADE)}
 
+EXAM_FACTS = EXAM_ASKED + ONLY_TOLD     # held out by combination, held out by fact
+
 def _fact_pair(reason):
     def make(dice, exam):
-        f = dice.pick(ASKED if not exam else [g for g in FACTS if wordings(g, exam=True)])
+        f = dice.pick(EXAM_FACTS if exam else ASKED)
         chosen, rejected = fill(RELATIONS[f.relation].reply, f), FAULTS[reason](dice, f)
         return Preference([user(dice.pick(wordings(f, exam)))], assistant(chosen), assistant(rejected), reason)
     return make
