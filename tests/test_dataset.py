@@ -203,9 +203,11 @@ def test_inspect_with_a_tokenizer(base, tmp_path):
     prepare(docs=50, val_docs=10, name='x')
     r = inspect('x', tokenizer='bytes')
     assert r['tokens'] == r['splits']['train']['bytes'] + 50 and r['tokens_are'] == 'counted'      # a byte each, and a mark for each document
-    prepare(docs=50_000, val_docs=10, name='y')
+    (tmp_path/'long.jsonl').write_text(''.join(json.dumps({'text': f'{i} ' + 'word '*(i%200)}) + '\n' for i in range(10_000)))
+    prepare(tmp_path/'long.jsonl', name='y')
     r = inspect('y', tokenizer='bytes', quick=True)
-    assert 'estimated' in r['tokens_are'] and abs(r['tokens']/(r['splits']['train']['bytes'] + 50_000) - 1) < .002
+    n = r['splits']['train']
+    assert 'estimated' in r['tokens_are'] and abs(r['tokens']/(n['bytes'] + n['docs']) - 1) < .002
 
 @pytest.mark.slow
 def test_a_million_documents_without_growth(base, tmp_path):

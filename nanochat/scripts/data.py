@@ -448,9 +448,9 @@ def _spread(found, most_bytes):
 
 def _tokens(texts, n_bytes, tok):
     "(tokens of the whole, tokens per byte) from a sample of texts"
-    texts = list(texts)
-    seen = sum(len(t.encode()) for t in texts)
-    per_byte = sum(len(ids) + 1 for ids in tok.encode_batch(texts))/max(1, seen)          # one more each: the mark at its start
+    seen = ids = 0
+    for t in texts: seen += len(t.encode()); ids += len(tok.encode(t)) + 1          # one more each: the mark at its start
+    per_byte = ids/max(1, seen)
     return round(n_bytes*per_byte), per_byte
 
 # %% ../../nbs/31a_data.ipynb #histogram
@@ -514,9 +514,9 @@ def _amount(folder, m, found, tokenizer, depth):
     n_bytes, tok = m['splits']['train']['bytes'], None
     if tokenizer: tok = Tokenizer.load(run_dir('tokenizer', tokenizer))
     if tok:
-        exact = n_bytes <= 8e6
-        tokens, per_byte = _tokens(_spread(found['train'], n_bytes if exact else 8e6), n_bytes, tok)
-        amount = dict(tokens=tokens, tokens_are='counted' if exact else 'estimated from 8 MB', bytes_per_token=round(1/per_byte, 3))
+        exact = n_bytes <= 4e6
+        tokens, per_byte = _tokens(_spread(found['train'], n_bytes if exact else 4e6), n_bytes, tok)
+        amount = dict(tokens=tokens, tokens_are='counted' if exact else 'estimated from 4 MB', bytes_per_token=round(1/per_byte, 3))
     else: amount = dict(tokens=round(n_bytes/BYTES_PER_TOKEN), tokens_are=f'assumed, {BYTES_PER_TOKEN:g} bytes each: give --tokenizer', bytes_per_token=None)
     return {**amount, **(lasts(amount['tokens'], depth, tok.n_vocab if tok else 32_768) if depth else {})}
 
