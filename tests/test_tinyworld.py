@@ -18,8 +18,8 @@ SETS = {
     'problems': lambda: tasks.problems(200), 'exam problems': lambda: tasks.problems(100, exam=True), 'programs': lambda: tasks.programs(100),
     'chat tasks': lambda: tasks.chat_tasks(150), 'preferences': lambda: tasks.preferences(150), 'sft': lambda: tasks.sft_conversations(300),
     'core': lambda: [row for label in tasks.CORE_TASKS for row in tasks.core_rows(label, 40)]}
-GOLDEN = {'documents': 'cff4c13f0d78', 'conversations': 'cc9685b92e84', 'exam': '817b716f4950', 'problems': '3bb6c442ad94',
-          'exam problems': '8048350933de', 'programs': '36e87b857060', 'chat tasks': '01269d3c92df',
+GOLDEN = {'documents': 'cff4c13f0d78', 'conversations': 'cc9685b92e84', 'exam': '817b716f4950', 'problems': '17aa2972ce03',
+          'exam problems': 'd76803e21e8e', 'programs': '36e87b857060', 'chat tasks': '01269d3c92df',
           'preferences': '30f09c1efe67', 'sft': '8ed4c7d89d15', 'core': '050706661412'}
 
 @pytest.mark.parametrize('name', SETS)
