@@ -277,6 +277,17 @@ def test_no_sum_of_the_exam_is_computed_in_training(training):
     exam = {p.expression for p in tasks.problems(500, 12, exam=True) if p.kind == 'sum'} | {r['context'][:-2] for r in tasks.core_rows('world_sums', 80, 12)}
     assert len(exam) > 150 and trained & exam == set()
 
+# files
+
+def test_sets_as_files(tmp_path):
+    "Every set can be written as lines of JSON; fine-tuning reads conversations of ours from such a file as it reads anybody's"
+    from nanochat.scripts.chat_sft import read_conversations
+    for name in ('problems', 'programs', 'chat tasks', 'preferences', 'sft', 'core'):
+        tasks.write_jsonl(tmp_path/f'{name}.jsonl', SETS[name]()[:20])
+        rows = [json.loads(l) for l in (tmp_path/f'{name}.jsonl').read_text(encoding='utf-8').splitlines()]
+        assert len(rows) == 20 and all(isinstance(r, dict) for r in rows), name
+    assert [c['messages'] for c in read_conversations(tmp_path/'sft.jsonl')] == [c['messages'] for c in tasks.sft_conversations(20)]
+
 # errors
 
 @pytest.mark.parametrize('call, says', [
