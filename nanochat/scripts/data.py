@@ -181,12 +181,13 @@ def _write_conversations(folder, files, held, how, meta, val_fraction):
                 (val if split == 'val' else train).write(line.encode() + b'\n'); count[split] += 1
         for split, n in count.items():
             if not n: raise UserError(f'the {split} split has no conversation: give more files')
-        shards = [dict(name=f'{s}.jsonl', split=s, conversations=n, file_bytes=(tmp/f'{s}.jsonl').stat().st_size,
+        files = [dict(name=f'{s}.jsonl', split=s, conversations=n, file_bytes=(tmp/f'{s}.jsonl').stat().st_size,
                        sha256=sha256_file(tmp/f'{s}.jsonl')) for s, n in count.items()]
-        m = dict(version=1, kind='conversations', splits={s: dict(conversations=n) for s, n in count.items()}, shards=shards, meta=meta)
+        m = dict(version=1, kind='conversations', splits={s: dict(conversations=n) for s, n in count.items()}, shards=files, meta=meta)
         write_json(tmp/MANIFEST, m)
     return m
 
+# %% ../../nbs/31a_data.ipynb #verify-conversations
 def verify_conversations(
     folder, # made by `prepare` from conversations
     hashes:bool=True, # read the files, beside comparing their lengths
@@ -488,26 +489,6 @@ def _look(folder, quick):
     for t in _spread(every, 2e6): text.append(t[:2000])
     return found, distinct, '\n'.join(text)
 
-def inspect(
-    name:str='tinyworld', # of a folder below data/
-    tokenizer:str=None, # name of a tokenizer, to count tokens
-    depth:int=None, # of a model: how long does the text last?
-    quick:bool=False, # look at 50 MB spread over the folder, not at all of it; copies are then not counted
-) -> dict: # the result
-    "Look at prepared text: amount, lengths, copies, language, tokens, and how long it lasts for a model."
-    start, folder = time.perf_counter(), _target(name)
-    m = read_manifest(folder)
-    found, distinct, text = _look(folder, quick)
-    n_bytes, docs = (sum(s[k] for s in m['splits'].values()) for k in ('bytes', 'docs'))
-    language, certainty = guess_language(text)
-    quantiles = {f'p{p}': int(np.quantile(distinct.lengths(), p/100)) for p in (0, 5, 25, 50, 75, 95, 100)}
-    result = dict(stage='inspect', name=name, docs=docs, bytes=n_bytes, splits=m['splits'], shards=len(m['shards']), length_bytes=quantiles,
-                  lengths_exact=distinct.exact and not quick, copies=None if quick else distinct.copies(), copies_exact=distinct.exact and not quick,
-                  scripts={k: round(v, 4) for k, v in script_shares(text).items()}, language=language, language_certainty=round(certainty, 3),
-                  **_amount(folder, m, found, tokenizer, depth), seconds=round(time.perf_counter() - start, 1))
-    print(_report(result, distinct))
-    return result
-
 # %% ../../nbs/31a_data.ipynb #inspect-amount
 def _amount(folder, m, found, tokenizer, depth):
     "Tokens of the training split, and how long they last"
@@ -533,6 +514,27 @@ def _report(r, distinct):
     if 'depth' in r: lines.append(f'a model of depth {r["depth"]} wants {r["tokens_wanted"]:,} tokens: the text is read {r["epochs"]:.2f} times')
     return '\n'.join(lines)
 
+# %% ../../nbs/31a_data.ipynb #inspect-fn
+def inspect(
+    name:str='tinyworld', # of a folder below data/
+    tokenizer:str=None, # name of a tokenizer, to count tokens
+    depth:int=None, # of a model: how long does the text last?
+    quick:bool=False, # look at 50 MB spread over the folder, not at all of it; copies are then not counted
+) -> dict: # the result
+    "Look at prepared text: amount, lengths, copies, language, tokens, and how long it lasts for a model."
+    start, folder = time.perf_counter(), _target(name)
+    m = read_manifest(folder)
+    found, distinct, text = _look(folder, quick)
+    n_bytes, docs = (sum(s[k] for s in m['splits'].values()) for k in ('bytes', 'docs'))
+    language, certainty = guess_language(text)
+    quantiles = {f'p{p}': int(np.quantile(distinct.lengths(), p/100)) for p in (0, 5, 25, 50, 75, 95, 100)}
+    result = dict(stage='inspect', name=name, docs=docs, bytes=n_bytes, splits=m['splits'], shards=len(m['shards']), length_bytes=quantiles,
+                  lengths_exact=distinct.exact and not quick, copies=None if quick else distinct.copies(), copies_exact=distinct.exact and not quick,
+                  scripts={k: round(v, 4) for k, v in script_shares(text).items()}, language=language, language_certainty=round(certainty, 3),
+                  **_amount(folder, m, found, tokenizer, depth), seconds=round(time.perf_counter() - start, 1))
+    print(_report(result, distinct))
+    return result
+
 # %% ../../nbs/31a_data.ipynb #main
 ACTIONS = dict(fetch=fetch, prepare=prepare, inspect=inspect, verify=verify, prefetch=prefetch)
 _USAGE = 'python -m nanochat.scripts.data'
@@ -546,6 +548,7 @@ def _overview():
               f'  {_USAGE} prepare --source climbmix', f'  {_USAGE} inspect --name climbmix --depth 12']
     return '\n'.join(lines)
 
+# %% ../../nbs/31a_data.ipynb #parse
 def _wrong(sentence):
     "A mistake on the command line: one sentence, exit code 2"
     print(f'error: {sentence}', file=sys.stderr)
