@@ -193,7 +193,7 @@ def encode_naive(tok:Tokenizer, text:str) -> list[int]:
 # %% ../nbs/10_tokenizer.ipynb #train-stream
 _JOINT = re.compile('[A-Za-z](?= [A-Za-z])')       # between these two, `PATTERN` cuts in every text
 
-def _chunks(text, size=65_536):
+def _chunks(text, size=32_768):
     "`text` in parts of `size` or little more, cut only where the pattern cuts anyway"
     start = 0
     while m := _JOINT.search(text, start + size):
@@ -208,12 +208,12 @@ class _Stream:
         self.docs = self.chars = self.bytes = 0
         self.sha = hashlib.sha256()
     def __iter__(self):
-        for text in map(_clean, self.texts):
-            self.docs += 1; self.chars += len(text)
-            for part in self.cut(text):
-                raw = part.encode()
-                self.bytes += len(raw); self.sha.update(raw)
-                yield from _parts(part)
+        for text in self.texts:
+            try: raw = text.encode()
+            except UnicodeEncodeError: raw = (text := _clean(text)).encode()
+            self.docs += 1; self.chars += len(text); self.bytes += len(raw)
+            self.sha.update(raw)
+            for part in self.cut(text): yield from (_parts(part) if len(part) >= _LONG else (part,))
 
 # %% ../nbs/10_tokenizer.ipynb #train
 def train_bpe(
