@@ -102,15 +102,15 @@ def tok_train(
         return result
     start = time.perf_counter()
     tok = train_bpe(_watched(take(documents(source, 'train'), max_bytes), n_bytes, max_memory), vocab_size)
-    tok.meta.update(config)
-    facts = {k: tok.meta[k] for k in ('docs', 'bytes', 'text_sha256')}
-    result = dict(stage='tokenizer', tag=tag, config=config, n_vocab=tok.n_vocab, hash=tok.hash, **facts,
+    result = dict(stage='tokenizer', tag=tag, config=config, n_vocab=tok.n_vocab, hash=tok.hash,
+                  **{k: tok.meta[k] for k in ('docs', 'bytes', 'text_sha256')},
                   bytes_per_token=bytes_per_token(tok, take(documents(source, 'val'), 1_000_000)))
     return _record(folder, tok, dict(result, seconds=round(time.perf_counter() - start, 3)))
 
 # %% ../../nbs/15_tok_train.ipynb #record
 def _record(folder, tok, result):
     "Save tokenizer and result, the result last"
+    tok.meta.update(result['config'])
     (folder/'result.json').unlink(missing_ok=True)      # from here on a killed run does not count as finished
     tok.save(folder)
     write_json(folder/'result.json', result)
