@@ -377,3 +377,13 @@ def test_long_reading_shows_a_bar_in_bytes(monkeypatch, capsys):
     assert 'merging: up to about' in capsys.readouterr().out
     list(script_module._watched(['x'], 1, 2**60))
     assert len(bars) == 1                                                 # short work needs none
+
+def test_the_memory_tool_measures_what_it_says():
+    "A little of the stream that the lead runs at 2 GB: the amount is exact, and nothing but the tokenizer lands on the disk"
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if not os.path.exists('/proc/self/status'): pytest.skip('this system does not tell the memory of a process')
+    r = subprocess.run([sys.executable, os.path.join(root, 'tools/measure_tok_memory.py'), '--bytes', '2000000', '--vocab-size', '2048'], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    seen = json.loads(r.stdout.splitlines()[-1])
+    assert abs(seen['bytes'] - 2_000_000) < 100 and seen['n_vocab'] == 2048 and seen['distinct_words'] > 10_000
+    assert seen['before_mb'] <= seen['after_reading_mb'] <= seen['peak_mb'] < 2000

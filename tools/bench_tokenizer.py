@@ -3,7 +3,7 @@
 `tokenizer_rows(texts)` returns a row for each comparison: name, ours and direct in MB/s, and ratio, ours over direct. Each speed is
 the best of several runs that take turns, because whatever else a machine does can only make a run slower.
 """
-import json, statistics, sys, time
+import json, sys, time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
