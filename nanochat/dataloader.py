@@ -116,7 +116,8 @@ def waste(
                 no_bos=100*blind/len(rows))
 
 # %% ../nbs/14_dataloader.ipynb #draw-rows
-ROW_COLOURS = ('#4c78a8', '#f58518', '#54a24b', '#e45756', '#72b7b2', '#eeca3b', '#b279a2', '#ff9da6', '#9d755d')   # no grey: that is padding
+ROW_COLOURS = ('#4c78a8', '#f58518', '#54a24b', '#e45756', '#72b7b2', '#eeca3b', '#b279a2', '#ff9da6', '#9d755d', '#b5cf6b',
+               '#17a2c6', '#6b4c9a')                          # no grey: that is padding
 
 def draw_rows(
     ax, # matplotlib axes
