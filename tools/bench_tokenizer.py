@@ -35,7 +35,11 @@ def tokenizer_rows(
     texts = list(texts)
     n_bytes, tok = sum(len(t.encode()) for t in texts), train_bpe(texts, vocab_size)
     direct = tiktoken.Encoding('direct', pat_str=PATTERN, mergeable_ranks=tok.ranks, special_tokens={})
-    def train_direct(): rustbpe.Tokenizer().train_from_iterator(iter(texts), vocab_size - len(SPECIALS), pattern=PATTERN)
+    def train_direct():                            # until it can encode, as ours can
+        trainer = rustbpe.Tokenizer()
+        trainer.train_from_iterator(iter(texts), vocab_size - len(SPECIALS), pattern=PATTERN)
+        ranks = {bytes(t): i for t, i in trainer.get_mergeable_ranks()}
+        return tiktoken.Encoding('direct', pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
     rows = [row('train, rustbpe', n_bytes, lambda: train_bpe(texts, vocab_size), train_direct, repeats)]
     short = [t[i:i+500] for t in texts for i in range(0, len(t), 500)]
     for kind, docs in (('documents', texts), ('500 characters', short)):
