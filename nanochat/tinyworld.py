@@ -44,6 +44,13 @@ class Dice:
         self.bits += math.log2(total / w)
         return option
 
+    def cases(self, *sizes):
+        "The number of a case, of which `sizes[i]` in `sum(sizes)` fall on case `i`; the price is that of the case."
+        x, total = int(self.rng.random() * sum(sizes)), sum(sizes)
+        case = next(i for i in range(len(sizes)) if x < sum(sizes[:i+1]))
+        self.bits += math.log2(total / sizes[case])
+        return case
+
     def sample(self, options, k):
         "`k` different options in random order; the price is that of picking without replacement."
         rest = list(options)
@@ -586,14 +593,14 @@ NAMES = [l.split(',')[0] for l in PEOPLE]
 THINGS = lines('ball\nbook\ncup\nhat\nkey\nlamp\nletter\npen\nring\nspoon')
 PLACES = lines('kitchen\ngarden\nhall\ncellar\nattic\nstable\nlibrary\nyard')
 
-def story(dice):
-    "A short story in which one thing is carried about: `(text, thing, place where it ends)`."
+def story(dice, steps=None):
+    "A short story in which one thing is carried about: `(text, thing, place where it ends)`. One to three `steps` by default."
     who, other = dice.sample(NAMES, 2)
     thing, places = dice.pick(THINGS), dice.sample(PLACES, 2)
     text = [f'{who} is in the {places[0]}.', f'{other} is in the {places[1]}.', f'{who} takes the {thing}.']
     where, carried = places[0], True
-    for _ in range(1 + dice.below(3)):
-        if carried and dice.below(3) == 0:
+    for _ in range(steps or 1 + dice.below(3)):
+        if carried and dice.cases(1, 2) == 0:
             text.append(f'{who} puts the {thing} down.'); carried = False
         else:
             goal = dice.pick([p for p in PLACES if p != places[0]])
@@ -646,9 +653,9 @@ def spelled(word):
     return '-'.join(word)
 
 def _spelling_line(dice):
-    w, kind = dice.pick(WORDS), dice.below(4)
-    if kind < 2: return dice.pick([f'The word {w} is spelled {spelled(w)}.', f'Spell {w}: {spelled(w)}.', f'The letters of {w} are {spelled(w)}.'])
-    if kind == 2: return f'The word {w} has {len(w)} letters.'
+    w, kind = dice.pick(WORDS), dice.cases(2, 1, 1)
+    if kind == 0: return dice.pick([f'The word {w} is spelled {spelled(w)}.', f'Spell {w}: {spelled(w)}.', f'The letters of {w} are {spelled(w)}.'])
+    if kind == 1: return f'The word {w} has {len(w)} letters.'
     return f'The word {w} begins with {w[0]} and ends with {w[-1]}.'
 
 def write_spelling(dice):

@@ -1,12 +1,13 @@
 "The data folder beyond its page: killed and competing processes, damage anywhere, hostile files, the command line, real books."
-import gzip, json, os, random, signal, subprocess, sys, time
+import bz2, gzip, json, lzma, os, random, signal, subprocess, sys, time
 from pathlib import Path
 import pyarrow as pa, pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings, strategies as st
 from nanochat.common import UserError, run_dir
-from nanochat.dataset import _batches, documents, groups, read_group, read_manifest, read_texts, split_documents, verify, write_shards
-from nanochat.scripts.data import prepare
+from nanochat.dataset import MAX_DOC, Skipped, _batches, documents, groups, read_group, read_manifest, read_texts, split_documents, verify, write_shards
+from nanochat.scripts import data as script
+from nanochat.scripts.data import Distinct, guess_language, histogram, inspect, lasts, prepare, script_shares
 
 DOCS = [f'Document {i}: ' + ' '.join(random.Random(i).choices('the cat sat on a mat and ran'.split(), k=i%40)) for i in range(500)]
 
@@ -52,7 +53,7 @@ def test_bad_parquet(tmp_path, columns, says):
 def test_damaged_source_parquet_is_named(tmp_path):
     pq.write_table(pa.table({'text': DOCS}), tmp_path/'a.parquet', write_page_checksum=True)
     raw = bytearray((tmp_path/'a.parquet').read_bytes()); raw[len(raw)//3] ^= 4; (tmp_path/'a.parquet').write_bytes(raw)
-    with pytest.raises(UserError, match='a.parquet is not a whole parquet file'): list(read_texts(tmp_path))
+    with pytest.raises(UserError, match='a.parquet, row group 0 is damaged'): list(read_texts(tmp_path))
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=['Cs'])).filter(str.strip), min_size=2, max_size=20))
@@ -63,6 +64,166 @@ def test_any_text_comes_back_equal(tmp_path_factory, texts):
     assert got == texts
     write_shards(d/'out', got, got[:1], rows_per_group=3, rows_per_shard=7)
     assert list(documents(d/'out', 'train')) == texts
+
+
+PACK = {'.gz': gzip.compress, '.bz2': bz2.compress, '.xz': lzma.compress, '.zst': lambda b: pa.compress(b, codec='zstd', asbytes=True)}
+
+def parquet(docs, **kw):
+    sink = pa.BufferOutputStream(); pq.write_table(pa.table({'text': docs}), sink, **kw)
+    return sink.getvalue().to_pybytes()
+
+@pytest.mark.parametrize('packed', PACK)
+@pytest.mark.parametrize('name', ['a.txt', 'a.md', 'a.jsonl', 'a.json', 'a.parquet'])
+def test_packed_files(tmp_path, name, packed):
+    docs = ['One café.', 'Two.', 'x'*70_000]
+    raw = {'txt': docs[0].encode(), 'md': docs[0].encode(), 'jsonl': ''.join(json.dumps({'text': d}) + '\n' for d in docs).encode(),
+           'json': json.dumps(docs).encode(), 'parquet': parquet(docs)}[name.split('.')[1]]
+    file = tmp_path/(name + packed)
+    file.write_bytes(PACK[packed](raw))
+    moved = []
+    assert [t for _, t in read_texts(file, moved=moved.append)] == (docs[:1] if name[2] in 'tm' else docs)
+    assert sum(moved) == file.stat().st_size                                              # what a progress bar counts
+    file.write_bytes(PACK[packed](raw)[:-6])
+    with pytest.raises(UserError, match=f'{name}{packed} is not a whole {packed} file'): list(read_texts(file))
+
+def test_progress_counts_every_byte_of_plain_files(tmp_path):
+    (tmp_path/'a.jsonl').write_text(''.join(json.dumps({'text': d}) + '\n' for d in DOCS)); (tmp_path/'b.txt').write_text('text'*100_000)
+    moved = []
+    assert len(list(read_texts(tmp_path, moved=moved.append))) == len(DOCS) + 1
+    assert sum(moved) == sum(p.stat().st_size for p in tmp_path.iterdir())
+
+
+# --- bad shards: named, or skipped and counted
+
+def bad_shards(d):
+    "A folder of ten bad files, with what is good in them, and what is said of each"
+    docs = DOCS[1:301]
+    whole = parquet(docs, row_group_size=100, write_page_checksum=True, use_dictionary=False, compression='none')
+    meta = pq.ParquetFile(pa.BufferReader(whole)).metadata.row_group(1).column(0)
+    page = bytearray(whole); page[meta.data_page_offset + meta.total_compressed_size//2] ^= 1
+    latin = pa.Array.from_buffers(pa.string(), 3, [None, pa.py_buffer(b'\0\0\0\0\1\0\0\0\5\0\0\0\6\0\0\0'), pa.py_buffer(b'acaf\xe9b')])
+    big = 'x'*(50 << 20)
+    cases = {
+        '0_truncated.parquet': (whole[:-20], [], 'is not a whole parquet file', 'file'), '1_empty.parquet': (b'', [], 'is empty', 'file'),
+        '2_no_rows.parquet': (parquet([]), [], 'has no text|nothing but empty', 'file'),
+        '3_column.parquet': (parquet(['a']).replace(b'text', b'tixt'), [], 'has no column named text', 'file'),
+        '4_null.parquet': (parquet(['a', None, 'b'], row_group_size=2), ['a', 'b'], 'row group 0, row 2 has no text.*null', 'row'),
+        '5_latin.parquet': (parquet(latin), ['a', 'b'], 'row group 0, row 2 is not UTF-8', 'row'),
+        '6_huge.parquet': (parquet(['a', big, 'b']), ['a', 'b'], 'row group 0, row 2 is one document of more than 32.0 MB', 'row'),
+        '7_page.parquet': (bytes(page), docs[:100] + docs[200:], 'row group 1 is damaged', 'row group'),
+        '8_huge.txt': (big.encode(), [], 'is one document of more than', 'file'),
+        '9_lines.jsonl': (b'{"text": "a"}\n{"text": ' + b'"' + big.encode()*5 + b'"}\n[]\n{"text": "b"}\nnot json\n', ['a', 'b'], 'line 2 is one document of more', 'row')}
+    for name, (raw, *_) in cases.items(): (d/name).write_bytes(raw)
+    return cases
+
+def test_bad_shards_are_named_or_counted(tmp_path):
+    cases = bad_shards(tmp_path)
+    for name, (_, good, says, kind) in cases.items():
+        with pytest.raises(UserError, match=f'{name}.*({says})') as e: list(read_texts(tmp_path/name))
+        assert '\n' not in str(e.value) and len(str(e.value)) < 500
+        skipped = Skipped()
+        assert [t for _, t in read_texts(tmp_path/name, skipped)] == good
+        assert skipped.counts == {kind: 3 if name[0]=='9' else 1} and name in skipped.places[0]
+
+def test_bad_shards_in_a_prepared_folder(base, tmp_path):
+    d = tmp_path/'web'; d.mkdir()
+    cases = bad_shards(d)
+    (d/'web_val.jsonl').write_text('{"text": "held out"}\n')
+    with pytest.raises(UserError, match='0_truncated.parquet'): prepare(d)
+    assert not (base/'data/web').exists()
+    r = prepare(d, skip_bad=True)
+    assert list(documents(r['folder'], 'train')) == sum((good for _, good, *_ in cases.values()), [])
+    assert r['meta']['skipped']['counts'] == {'file': 5, 'row': 6, 'row group': 1} and len(r['meta']['skipped']['places']) == 12
+    assert read_manifest(r['folder'])['meta'] == r['meta']
+    (d/'web_val.jsonl').unlink()                                                          # the hash decides: read three times, counted once
+    assert prepare(d, name='hashed', skip_bad=True)['meta']['skipped']['counts'] == {'file': 5, 'row': 6, 'row group': 1}
+
+def test_the_limit_of_a_document_can_be_raised(base, tmp_path):
+    (tmp_path/'big.txt').write_text(('word '*20 + '\n')*400_000)
+    with pytest.raises(UserError, match='big.txt is one document of more than 32.0 MB.*--max-doc-mb'): prepare(tmp_path/'big.txt')
+    r = prepare(tmp_path/'big.txt', max_doc_mb=50)
+    assert r['splits']['train']['docs'] == 1 and sum(s['bytes'] for s in r['splits'].values()) > 40e6 and r['config']['max_doc_mb'] == 50
+
+def test_a_folder_of_nothing_good(base, tmp_path):
+    (tmp_path/'a.jsonl').write_text('no\nno\n')
+    with pytest.raises(UserError, match='no document that can be read'): prepare(tmp_path/'a.jsonl', skip_bad=True)
+
+def test_verify_names_every_damaged_shard(folder):
+    names = ['train-00000.parquet', 'train-00001.parquet', 'val-00000.parquet']
+    for name in names[:2]: raw = bytearray((folder/name).read_bytes()); raw[60] ^= 1; (folder/name).write_bytes(raw)
+    (folder/names[2]).unlink()
+    with pytest.raises(UserError) as e: verify(folder)
+    assert all(n in str(e.value) for n in names) and 'train-00002' not in str(e.value) and 'is missing' in str(e.value)
+
+
+# --- inspecting
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=400))
+def test_copies_are_counted_exactly_while_they_fit(ids):
+    d = Distinct()
+    for i in ids: d.add(f'{i} '.encode()*i)
+    assert d.exact and d.copies() == (len(ids) - len(set(ids)))/len(ids) and sorted(d.lengths()) == sorted(len(f'{i} '.encode()*i) for i in ids)
+
+def test_copies_in_bounded_memory():
+    "40,000 documents, a quarter of them copies; at most 1,000 hashes are kept"
+    d = Distinct(1000)
+    for i in range(40_000): d.add(str(i % 30_000).encode()); assert len(d.seen) <= 1000
+    assert not d.exact and abs(d.copies() - .25) < .06 and abs(d.lengths().mean() - 4.6) < .2
+
+@pytest.mark.parametrize('language, text', [
+    ('English', 'It was the best of times, it was the worst of times, and the people of the town knew that.'), ('German', 'Der Hund und die Katze sind nicht zu Hause, das ist ein Rätsel mit den Nachbarn.'),
+    ('French', 'Les enfants qui jouent dans la rue ne sont pas une gêne pour le voisin que des gens plaignent.'), ('Spanish', 'Los perros y las gatas del barrio no son una molestia para el vecino, pero ladran con ganas.'),
+    ('Italian', 'Il cane della vicina non è una bestia, ma gli abitanti sono per la pace di che parla con noi.'), ('Dutch', 'Het is niet een hond van de buren, maar ook voor de kat zijn dat goede dagen met zon aan zee.'),
+    ('Portuguese', 'Os meninos do bairro não são uma ameaça para a senhora da esquina, mais dos dias em paz com todos.'), ('Korean', '안녕하세요 여러분'), ('Japanese', 'これは日本語の文章です'),
+    ('Chinese', '这是一个中文句子'), ('Greek', 'Καλημέρα κόσμε'), ('some language in Cyrillic letters', 'Привет, мир'), ('no letters', '123 + 456 = 579'), ('no letters', '')])
+def test_language_guess(language, text): assert guess_language(text)[0] == language
+
+def test_scripts_add_up():
+    shares = script_shares('abc абв 中文 12!')
+    assert shares == {'Latin': 3/8, 'Cyrillic': 3/8, 'Han': 2/8}
+
+def test_inspect_counts_what_is_there(base, tmp_path, capsys):
+    docs = [f'Document {i} says the same as ever, and it is short.' for i in range(400)]
+    (tmp_path/'a.jsonl').write_text(''.join(json.dumps({'text': d}) + '\n' for d in docs + docs[:100])); (tmp_path/'a_val.jsonl').write_text('{"text": "held"}\n')
+    prepare(tmp_path, name='x'); capsys.readouterr()
+    r = inspect('x', depth=2)
+    out = capsys.readouterr().out
+    assert r['docs'] == 501 and abs(r['copies'] - 100/501) < 1e-9 and r['copies_exact'] and r['length_bytes']['p100'] == len(docs[-1]) and r['language'] == 'English'
+    assert r['tokens'] == round(sum(map(len, docs + docs[:100]))/4) and r['epochs'] == lasts(r['tokens'], 2)['epochs'] > 1
+    assert 'assumed' in out and '█' in out and '19.96% of the documents repeat' in out and 'depth 2 wants' in out
+    q = inspect('x', quick=True)
+    assert q['copies'] is None and 'not counted' in capsys.readouterr().out
+    with pytest.raises(UserError): inspect('nothing')
+    with pytest.raises(UserError): inspect('x', tokenizer='nothing')
+
+def test_inspect_with_a_tokenizer(base, tmp_path):
+    from nanochat.tokenizer import Tokenizer
+    Tokenizer({bytes([i]): i for i in range(256)}).save(run_dir('tokenizer', 'bytes'))
+    prepare(docs=50, val_docs=10, name='x')
+    r = inspect('x', tokenizer='bytes')
+    assert r['tokens'] == r['splits']['train']['bytes'] + 50 and r['tokens_are'] == 'counted'      # a byte each, and a mark for each document
+    (tmp_path/'long.jsonl').write_text(''.join(json.dumps({'text': f'{i} ' + 'word '*(i%200)}) + '\n' for i in range(10_000)))
+    prepare(tmp_path/'long.jsonl', name='y')
+    r = inspect('y', tokenizer='bytes', quick=True)
+    n = r['splits']['train']
+    assert 'estimated' in r['tokens_are'] and abs(r['tokens']/(n['bytes'] + n['docs']) - 1) < .002
+
+@pytest.mark.slow
+def test_a_million_documents_without_growth(base, tmp_path):
+    "The memory that `prepare` takes for 1,000,000 documents is that for 100,000, up to 64 MB"
+    code = """if 1:
+        import resource, sys; from nanochat.scripts.data import prepare
+        prepare(sys.argv[1]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
+    line = json.dumps({'text': 'word '*40}) + '\n'
+    peak = {}
+    for n in (100_000, 1_000_000):
+        with open(tmp_path/f'n{n}.jsonl', 'w') as f:
+            for i in range(n): f.write(f'{line[:10]}{i} {line[10:]}')
+        r = subprocess.run([sys.executable, '-c', code, str(tmp_path/f'n{n}.jsonl')], capture_output=True, text=True)
+        assert r.returncode == 0, r.stderr
+        peak[n] = int(r.stdout.split()[-1])/1024
+    assert peak[1_000_000] < peak[100_000] + 64, peak
 
 
 # --- writing
@@ -230,11 +391,11 @@ def test_source_inside_the_target_is_refused(base):
     assert (d/'a.txt').exists()
 
 def test_command_line(base):
-    r = command('--docs', 40, '--val-docs', 10)
+    r = command('prepare', '--docs', 40, '--val-docs', 10)
     assert r.returncode == 0 and json.loads(r.stdout.splitlines()[-1])['splits']['val']['docs'] == 10
-    r = command('--source', 'tinywrld')
-    assert r.returncode == 1 and r.stdout == '' and r.stderr.strip() == 'error: --source tinywrld: there is no such file or folder; the embedded corpus is called tinyworld'
-    assert command('--docs', 'many').returncode == 2
+    r = command('prepare', '--source', 'tinywrld')
+    assert r.returncode == 1 and r.stdout == '' and r.stderr.strip() == 'error: --source tinywrld: there is no such file, folder or dataset; did you mean tinyworld?'
+    assert command('prepare', '--docs', 'many').returncode == 2
 
 def test_ctrl_c(base):
     p = subprocess.Popen([sys.executable, '-m', 'nanochat.scripts.data', '--docs', '10000000'], stderr=subprocess.PIPE, text=True)

@@ -1,13 +1,16 @@
 "The tokenizer beyond its page: other processes, the command line, hostile files, the corpus of the tiny world."
-import json, os, pickle, subprocess, sys
+import gc, hashlib, heapq, json, os, pickle, random, subprocess, sys, weakref
 from concurrent.futures import ThreadPoolExecutor
 import pytest
+import regex
 from hypothesis import given, settings, strategies as st
-from nanochat import tinyworld
+from nanochat import tinyworld, tokenizer
 from nanochat.common import UserError, run_dir
 from nanochat.dataset import write_shards
+from nanochat.scripts import tok_train as script_module
 from nanochat.scripts.tok_train import tok_train
-from nanochat.tokenizer import SPECIALS, StreamDecoder, Tokenizer, train_bpe, train_bpe_naive
+from nanochat.tokenizer import (PATTERN, SPECIALS, StreamDecoder, Tokenizer, encode_naive, from_hf, merge_parts, show_tokens, to_hf,
+                                train_bpe, train_bpe_naive, vocab_for_depth)
 
 ALPHABETS = ['ab', 'aab ', "it's ", 'né 1', '12 3', 'a\n \t', '日本 ']
 
@@ -48,7 +51,91 @@ def test_strange_documents_can_be_trained_on():
     for text in odd[1:]: assert tok.decode(tok.encode(text)) == text
 
 
+def test_the_record_says_what_was_read(texts, tok):
+    raw = ''.join(texts).encode()
+    assert tok.meta['text_sha256'] == hashlib.sha256(raw).hexdigest()
+    assert (tok.meta['docs'], tok.meta['bytes']) == (len(texts), len(raw))
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(max_size=12) | st.sampled_from(["don't stop", 'a b', 'é a', "it's so", 'x  y', '\na b', '日 本 c d'])).map(''.join),
+       st.integers(0, 9))
+def test_cutting_a_long_document_changes_no_piece(text, size):
+    parts = list(tokenizer._chunks(text, size))
+    assert ''.join(parts) == text
+    assert [p for part in parts for p in regex.findall(PATTERN, part)] == regex.findall(PATTERN, text)
+
+def test_a_huge_document_goes_in_small_parts():
+    parts = list(tokenizer._Stream(['one two three ' * 400_000], PATTERN))
+    assert max(map(len, parts)) < 70_000 and sum(map(len, parts)) == 5_600_000
+    other = list(tokenizer._Stream(['one two three ' * 10_000], r'[^a]+|a'))
+    assert len(other) == 1                                                # where this pattern may be cut, we do not know
+
+def test_a_vocabulary_for_every_depth():
+    sizes = [vocab_for_depth(d) for d in range(1, 101)]
+    assert sizes == sorted(sizes) and {*sizes} == {2**k for k in range(11, 17)}
+    assert sizes[:3] == [2048] * 3 and sizes[11] == 32768 and sizes[-1] == 65536
+    with pytest.raises(UserError, match='depth is 0'): vocab_for_depth(0)
+
+
 # --- encoding
+
+def encode_by_heap(tok, piece):
+    "BPE of one piece with a heap, a third way beside tiktoken's and ours: fast enough for 100 kB"
+    parts, left, right = [bytes([b]) for b in piece], list(range(-1, len(piece) - 1)), list(range(1, len(piece) + 1))
+    heap = []
+    def offer(i):
+        if 0 <= i and right[i] < len(parts) and (both := parts[i] + parts[right[i]]) in tok.ranks:
+            heapq.heappush(heap, (tok.ranks[both], i, both))
+    for i in range(len(parts)): offer(i)
+    while heap:
+        _, i, both = heapq.heappop(heap)
+        j = right[i]
+        if parts[i] is None or j >= len(parts) or parts[i] + parts[j] != both: continue
+        parts[i], parts[j], right[i] = both, None, right[j]
+        if right[j] < len(parts): left[right[j]] = i
+        offer(left[i]); offer(i)
+    return [tok.ranks[p] for p in parts if p is not None]
+
+awkward = st.lists(st.text(max_size=8) | st.sampled_from(['👩‍👩‍👧', '🇫🇷', 'e\u0301', ' ' * 7, '\t\t', '\r\n', '\n\n\n', '\u00a0', "'S", "'ſ", '\ud83d',
+                   'x = {"a": [1, 22, 333]}', '\\frac{1}{2}', '<|bos|>', 'שלום', '日本語', '\x00', '½Ⅳ３', 'İstanbul', 'theththe'])).map(''.join)
+
+@settings(max_examples=150, deadline=None)
+@given(text=awkward)
+def test_tiktoken_does_what_the_definition_says(tok, text):
+    assert tok.encode(text) == encode_naive(tok, text)
+
+@pytest.mark.parametrize('word', ['a' * 100_000, 'abc' * 33_334, 'the' * 33_334, 'é' * 50_000, '日本' * 17_000, '!?' * 50_000, '12' * 50_000,
+                                  ''.join(random.Random(0).choices('etaoinsrhl', k=100_000))], ids=lambda w: w[:3])
+def test_words_of_100_kb(tok, word):
+    ids = tok.encode(word)
+    assert tok.decode(ids) == word
+    assert ids == [i for p in regex.findall(PATTERN, word) for i in encode_by_heap(tok, p.encode())]
+
+def test_the_third_way_is_the_first(tok, texts):
+    for text in texts[:50]: assert encode_by_heap(tok, text.encode()) == [tok.ranks[t] for t in merge_parts(tok.ranks, text.encode())]
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.binary() | st.lists(st.binary(max_size=3) | st.text(max_size=5).map(str.encode)).map(b''.join))
+def test_every_byte_string_comes_back(tok, data):
+    ids = tok.encode_bytes(data)
+    assert tok.decode_bytes(ids) == data and not tok.special_ids & {*ids}
+    assert tok.token_bytes()[ids].sum() == len(data)
+    try: assert ids == tok.encode(data.decode())
+    except UnicodeDecodeError: pass
+
+def test_bytes_between_characters(tok):
+    assert tok.encode_bytes(b'') == [] and tok.encode_bytes(b'\xff\xfe') == [tok.ranks[b'\xff'], tok.ranks[b'\xfe']]
+    whole = tok.encode_bytes(b'the cat\xe2\x82 the cat')                  # most of a euro sign
+    assert whole == tok.encode('the cat') + [tok.ranks[b'\xe2'], tok.ranks[b'\x82']] + tok.encode(' the cat')
+    assert tok.encode_bytes(b'\xed\xa0\xbd') == [tok.ranks[bytes([b])] for b in b'\xed\xa0\xbd']    # a surrogate, as some programs write it
+
+def test_nothing_keeps_a_tokenizer_alive(texts, tmp_path):
+    tok = train_bpe(texts, 400)
+    tok.save(tmp_path); to_hf(tok, tmp_path/'t.json'); show_tokens(tok, tok.encode_batch(texts)[0])
+    stream = StreamDecoder(tok); stream.push(65); tok.encode_bytes(b'x\xff'); encode_naive(tok, 'x'); hash(tok)
+    watch = weakref.ref(tok)
+    del tok, stream; gc.collect()
+    assert watch() is None
 
 @settings(max_examples=100, deadline=None)
 @given(text=st.text())
@@ -138,6 +225,90 @@ def test_damaged_files_get_a_sentence(tok, tmp_path):
         with pytest.raises(UserError, match='nanochat_tokenizer.json'): Tokenizer.load(tmp_path)
 
 
+# --- Hugging Face files
+
+@pytest.fixture(scope='module')
+def hf(tok, tmp_path_factory):
+    tokenizers = pytest.importorskip('tokenizers', reason='the package tokenizers is not installed')
+    path = tmp_path_factory.mktemp('hf')/'tokenizer.json'
+    to_hf(tok, path)
+    return tokenizers.Tokenizer.from_file(str(path))
+
+@settings(max_examples=150, deadline=None)
+@given(text=awkward)
+def test_hugging_face_gives_our_ids(tok, hf, text):
+    text = tokenizer._clean(text)
+    hf.encode_special_tokens = True                                       # otherwise it obeys names in a text
+    ids = hf.encode(text).ids
+    assert ids == tok.encode(text) and hf.decode(ids) == text
+
+def test_hugging_face_knows_the_marks(tok, hf, texts):
+    assert {s: hf.token_to_id(s) for s in SPECIALS} == tok._special and hf.get_vocab_size() == tok.n_vocab
+    hf.encode_special_tokens = True
+    assert [e.ids for e in hf.encode_batch(texts)] == tok.encode_batch(texts)
+    assert hf.encode('abc' * 33_334).ids == tok.encode('abc' * 33_334)
+    hf.encode_special_tokens = False
+    assert hf.encode('<|bos|>').ids == [tok.bos]                          # the danger, and why we say so
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.sampled_from(ALPHABETS).flatmap(lambda a: st.text(a, max_size=40)), min_size=1, max_size=5).filter(any), st.integers(267, 300))
+def test_there_and_back_keeps_the_hash(tmp_path_factory, texts, v):
+    path = tmp_path_factory.mktemp('hf')/'tokenizer.json'
+    tok = train_bpe(texts, v)
+    to_hf(tok, path)
+    assert from_hf(path).hash == tok.hash
+
+def test_a_tokenizer_of_somebody_else(texts, tmp_path):
+    t = pytest.importorskip('tokenizers', reason='the package tokenizers is not installed')
+    theirs = t.Tokenizer(t.models.BPE())
+    theirs.pre_tokenizer, theirs.decoder = t.pre_tokenizers.ByteLevel(add_prefix_space=False), t.decoders.ByteLevel()
+    theirs.train_from_iterator(texts, t.trainers.BpeTrainer(vocab_size=500, initial_alphabet=t.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    theirs.save(str(tmp_path/'tokenizer.json'))
+    with pytest.raises(UserError, match='no <|bos|>'): from_hf(tmp_path/'tokenizer.json')
+    ours = from_hf(tmp_path/'tokenizer.json', specials=SPECIALS)
+    assert ours.n_vocab == 500 + len(SPECIALS) and ours.bos == 500
+    for text in [*texts, 'naïve 日本  \n x', "it's 1998"]: assert ours.encode(text) == theirs.encode(text).ids
+
+def broken(data):
+    "Each with one thing that we cannot represent or that is damaged, and the words of the refusal"
+    model = data['model']
+    yield {**data, 'model': {**model, 'type': 'Unigram'}}, 'not BPE'
+    yield {**data, 'model': {**model, 'merges': model['merges'][::-1]}}, 'order of the ids'
+    yield {**data, 'model': {**model, 'merges': model['merges'][:-1]}}, 'order of the ids'
+    yield {**data, 'model': {**model, 'merges': [*model['merges'], 'q q']}}, 'damaged'
+    yield {**data, 'model': {**model, 'end_of_word_suffix': '</w>'}}, 'suffix'
+    yield {**data, 'model': {k: v for k, v in model.items() if k != 'vocab'}}, 'damaged'
+    yield {**data, 'normalizer': {'type': 'NFC'}}, 'normalizer'
+    yield {**data, 'pre_tokenizer': {'type': 'Whitespace'}}, 'byte-level'
+    yield {**data, 'pre_tokenizer': None}, 'byte-level'
+    yield {**data, 'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': True}}, 'adds a space'
+    yield {**data, 'added_tokens': data['added_tokens'][1:]}, 'do not follow'
+    yield {**data, 'added_tokens': []}, 'no <|bos|>'
+    yield [], 'no tokenizer.json'
+    yield {}, 'no tokenizer.json'
+
+def test_what_is_not_ours_gets_a_sentence(tok, tmp_path):
+    path = tmp_path/'tokenizer.json'
+    to_hf(tok, path)
+    for bad, words in broken(json.loads(path.read_text())):
+        path.write_text(json.dumps(bad))
+        with pytest.raises(UserError, match=words) as e: from_hf(path)
+        assert 'tokenizer.json' in str(e.value)
+    with pytest.raises(UserError, match='missing'): from_hf(tmp_path/'nothing.json')
+
+def test_lists_of_merges_are_read_too(tok, tmp_path):
+    path = tmp_path/'tokenizer.json'
+    to_hf(tok, path)
+    data = json.loads(path.read_text())
+    data['model']['merges'] = [m.split(' ') for m in data['model']['merges']]
+    path.write_text(json.dumps(data))
+    assert from_hf(path).hash == tok.hash
+
+def test_a_token_that_is_no_merge_cannot_be_exported(tmp_path):
+    tok = Tokenizer({**{bytes([i]): i for i in range(256)}, b'abc': 256})
+    with pytest.raises(UserError, match='no merge of two'): to_hf(tok, tmp_path/'t.json')
+
+
 # --- the script
 
 def script(*args):
@@ -173,3 +344,46 @@ def test_one_process_only(base, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setenv('RANK', '0')
     with pytest.raises(UserError): tok_train(data='world', vocab_size=400, tag='t')
+
+def test_the_dial_and_the_flag(base):
+    assert tok_train(data='world', tag='a', depth=1)['config']['vocab_size'] == 2048
+    assert tok_train(data='world', tag='b', depth=6)['config']['vocab_size'] == 8192
+    assert tok_train(data='world', tag='c', depth=6, vocab_size=300)['n_vocab'] == 300          # said outright, it wins
+    with pytest.raises(UserError, match='depth is 0'): tok_train(data='world', tag='d', depth=0)
+
+@pytest.mark.parametrize('n', [0, -1, 2**31])
+def test_amounts_that_cannot_be(base, n):
+    with pytest.raises(UserError, match=f'max_bytes is {n}: it must be at least 1 and below'): tok_train(data='world', tag='t', max_bytes=n)
+
+def test_too_many_different_words_are_refused_in_time(monkeypatch):
+    monkeypatch.setattr(script_module, '_resident', iter([10**8, 10**8, 5 * 10**8]).__next__)
+    texts = ['x' * 2**20] * 40
+    seen = []
+    with pytest.raises(UserError, match='pass a smaller --max-bytes than 33554432'):
+        for text in script_module._watched(texts, 40 * 2**20, 2 * 10**9): seen.append(text)
+    assert len(seen) == 32
+    monkeypatch.setattr(script_module, '_resident', lambda: 0)            # a system that does not say
+    assert len(list(script_module._watched(texts, 40 * 2**20, 1))) == 40
+
+def test_long_reading_shows_a_bar_in_bytes(monkeypatch, capsys):
+    bars = []
+    class Bar:
+        def __init__(self, **kw): self.kw, self.n, self.closed = kw, 0, False; bars.append(self)
+        def update(self, n): self.n += n
+        def close(self): self.closed = True
+    monkeypatch.setattr(script_module, 'progress', Bar)
+    list(script_module._watched(['é' * 500_000] * 6, 6_000_000, 2**60))
+    assert bars[0].kw == dict(total=6_000_000, desc='reading', unit='B') and bars[0].n == 6_000_000 and bars[0].closed
+    assert 'merging: about' in capsys.readouterr().out
+    list(script_module._watched(['x'], 1, 2**60))
+    assert len(bars) == 1                                                 # short work needs none
+
+def test_the_memory_tool_measures_what_it_says():
+    "A little of the stream that the lead runs at 2 GB: the amount is exact, and nothing but the tokenizer lands on the disk"
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if not os.path.exists('/proc/self/status'): pytest.skip('this system does not tell the memory of a process')
+    r = subprocess.run([sys.executable, os.path.join(root, 'tools/measure_tok_memory.py'), '--bytes', '2000000', '--vocab-size', '2048'], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    seen = json.loads(r.stdout.splitlines()[-1])
+    assert abs(seen['bytes'] - 2_000_000) < 100 and seen['n_vocab'] == 2048 and seen['distinct_words'] > 10_000
+    assert seen['before_mb'] <= seen['after_reading_mb'] <= seen['peak_mb'] < 2000

@@ -6,16 +6,16 @@
 __all__ = ['take', 'bytes_per_token', 'tok_train', 'main']
 
 # %% ../../nbs/15_tok_train.ipynb #imports
-import time
+import os, time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fastcore.script import call_parse
 
 # %% ../../nbs/15_tok_train.ipynb #imports-nanochat
-from ..common import UserError, as_command, print_result, progress, read_json, run_dir, sha256_file, single_process, write_json
+from ..common import UserError, as_command, differences, print_result, progress, read_json, run_dir, sha256_file, single_process, write_json
 from ..dataset import documents, read_manifest
-from ..tokenizer import Tokenizer, train_bpe
+from ..tokenizer import Tokenizer, train_bpe, vocab_for_depth
 
 # %% ../../nbs/15_tok_train.ipynb #take
 def take(
@@ -43,48 +43,75 @@ def bytes_per_token(
     if not n_ids: raise UserError('no text to measure the tokenizer on: the validation split is empty')
     return n_bytes / n_ids
 
+# %% ../../nbs/15_tok_train.ipynb #watched
+def _resident():
+    "Bytes of memory that this process holds now; 0 where the system does not say"
+    try: return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    except (OSError, ValueError, IndexError): return 0
+
+_MERGING = 7       # memory at the peak over memory of the counts; measured below
+
+def _watched(texts, n_bytes, max_memory):
+    "`texts`, with a bar in bytes where that takes seconds; `UserError` when the words counted so far ask for too much memory"
+    before, seen, looked, start = _resident(), 0, 0, time.perf_counter()
+    bar = progress(total=n_bytes, desc='reading', unit='B') if n_bytes > 5_000_000 else None
+    for text in texts:
+        yield text
+        seen += (size := len(text.encode('utf-8', errors='replace')))
+        if bar is not None: bar.update(size)
+        if seen - looked < 2**24: continue
+        looked, needed = seen, before + _MERGING * (_resident() - before)
+        if needed > max_memory: raise UserError(
+            f'{seen:,} bytes of text hold so many different words that merging them would take about {needed:,} bytes of memory: '
+            f'pass a smaller --max-bytes than {seen}, or a larger --max-memory than {max_memory}')
+    if bar is None: return
+    bar.close()
+    share = .6 * min(1, (30e6 / seen) ** .5)          # of the reading time; fits 30 to 250 MB of made-up language
+    print(f'merging: about {share * (time.perf_counter() - start):.0f} s, without a bar', flush=True)    # Rust holds Python still
+
 # %% ../../nbs/15_tok_train.ipynb #finished
 def _finished(folder, config):
     "The result of a finished run with the same settings, or None; `UserError` if the settings differ"
     if not (folder/'result.json').exists(): return None
     result = read_json(folder/'result.json')
     old = result.get('config', {}) if isinstance(result, dict) else {}
-    differ = [f'{k} was {old.get(k)} and is {v}' for k, v in config.items() if old.get(k) != v]
-    if differ: raise UserError(f'{folder} holds a tokenizer with other settings ({"; ".join(differ)}): '
-                               'choose another --tag, or pass --force to replace it')
+    if differ := differences(old, config): raise UserError(f'{folder} holds a tokenizer with other settings ({differ}): '
+                                                           'choose another --tag, or pass --force to replace it')
     if Tokenizer.load(folder).hash != result.get('hash'):
         raise UserError(f'{folder}: the tokenizer is not the one of result.json; pass --force to make it again')
     return result
 
 # %% ../../nbs/15_tok_train.ipynb #tok-train
 def tok_train(
-    data:str='tinyworld',        # name of a data folder
-    vocab_size:int=2048,         # all ids, special tokens included
-    tag:str='tiny',              # name of the tokenizer folder
-    max_bytes:int=20_000_000,    # of training text
-    force:bool=False,            # replace a tokenizer with other settings
+    data:str='tinyworld',           # name of a data folder
+    vocab_size:int=None,            # all ids, special tokens included; by default what `vocab_for_depth(depth)` says
+    tag:str='tiny',                 # name of the tokenizer folder
+    max_bytes:int=20_000_000,       # of training text, below 2**31
+    force:bool=False,               # replace a tokenizer with other settings
+    depth:int=3,                    # layers of the model that will use it; counts only without a vocab_size
+    max_memory:int=2_000_000_000,   # bytes; stop with a sentence before the counting needs more
 ) -> dict: # the result, as it stands in result.json
     "Train a tokenizer on the training split of a data folder"
     single_process('tok_train')
     source, folder = run_dir('data', data), run_dir('tokenizer', tag)
-    if max_bytes < 1: raise UserError(f'max_bytes is {max_bytes}: it must be at least 1')
+    if vocab_size is None: vocab_size = vocab_for_depth(depth)
+    if not 1 <= max_bytes < 2**31: raise UserError(f'max_bytes is {max_bytes}: it must be at least 1 and below {2**31}, for 32-bit counts')
     n_bytes = min(max_bytes, read_manifest(source)['splits']['train']['bytes'])
     config = dict(data=data, data_sha256=sha256_file(source/'manifest.json'), vocab_size=vocab_size, max_bytes=max_bytes)
     if not force and (result := _finished(folder, config)):
         print(f'already finished: tokenizer {tag}')
         return result
     start = time.perf_counter()
-    texts = take(documents(source, 'train'), max_bytes)
-    if n_bytes > 50_000_000: texts = progress(texts, desc='reading', unit='doc')     # less takes seconds
-    tok = train_bpe(texts, vocab_size)
-    tok.meta.update(config)
-    result = dict(stage='tokenizer', tag=tag, config=config, n_vocab=tok.n_vocab, hash=tok.hash, docs=tok.meta['docs'],
+    tok = train_bpe(_watched(take(documents(source, 'train'), max_bytes), n_bytes, max_memory), vocab_size)
+    result = dict(stage='tokenizer', tag=tag, config=config, n_vocab=tok.n_vocab, hash=tok.hash,
+                  **{k: tok.meta[k] for k in ('docs', 'bytes', 'text_sha256')},
                   bytes_per_token=bytes_per_token(tok, take(documents(source, 'val'), 1_000_000)))
     return _record(folder, tok, dict(result, seconds=round(time.perf_counter() - start, 3)))
 
 # %% ../../nbs/15_tok_train.ipynb #record
 def _record(folder, tok, result):
     "Save tokenizer and result, the result last"
+    tok.meta.update(result['config'])
     (folder/'result.json').unlink(missing_ok=True)      # from here on a killed run does not count as finished
     tok.save(folder)
     write_json(folder/'result.json', result)
@@ -93,11 +120,13 @@ def _record(folder, tok, result):
 # %% ../../nbs/15_tok_train.ipynb #main
 @call_parse
 def main(
-    data:str='tinyworld',        # name of a data folder, made by nanochat.scripts.data
-    vocab_size:int=2048,         # all ids, special tokens included
-    tag:str='tiny',              # name of the tokenizer folder
-    max_bytes:int=20_000_000,    # of training text
-    force:bool=False,            # replace a tokenizer with other settings
+    data:str='tinyworld',           # name of a data folder, made by nanochat.scripts.data
+    vocab_size:int=None,            # all ids, special tokens included; by default what suits --depth
+    tag:str='tiny',                 # name of the tokenizer folder
+    max_bytes:int=20_000_000,       # of training text, below 2**31
+    force:bool=False,               # replace a tokenizer with other settings
+    depth:int=3,                    # layers of the model that will use it; counts only without --vocab-size
+    max_memory:int=2_000_000_000,   # bytes; stop with a sentence before the counting needs more
 ):
     "Train a tokenizer."
-    with as_command(): return print_result(tok_train(data, vocab_size, tag, max_bytes, force))
+    with as_command(): return print_result(tok_train(data, vocab_size, tag, max_bytes, force, depth, max_memory))
