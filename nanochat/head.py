@@ -107,9 +107,10 @@ def lm_loss(
     targets:torch.Tensor, # (B, T) the id that follows each of them; negative: not counted
     reduction:str='mean', # 'mean' per counted token, 'sum', or 'none': (B, T)
     cache=None,
+    docs=None, # (B, T) which document each id belongs to, for a model that keeps them apart
 ) -> torch.Tensor:
     "The one loss of this book: nats per token of `targets` after `ids`."
-    cfg, hidden = model.cfg, model(ids, cache)
+    cfg, hidden = model.cfg, model(ids, cache, docs) if docs is not None else model(ids, cache)
     loss = softcap_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets.flatten(), cfg.softcap, cfg.vocab_size, reduction)
     return loss.view(targets.shape) if reduction == 'none' else loss
 
@@ -121,7 +122,7 @@ def token_logprobs(model, ids:torch.Tensor, targets:torch.Tensor) -> torch.Tenso
 # %% ../nbs/22_head.ipynb #bits-per-byte
 def bits_per_byte(
     model, # a GPT
-    batches, # of (inputs, targets, …)
+    batches, # of (inputs, targets), or (inputs, targets, docs, …)
     token_bytes:torch.Tensor, # (V,) UTF-8 bytes of each id; 0: not text, not counted
 ) -> dict: # bpb, nats, bytes, tokens
     "Bits that the model needs for each byte of text: comparable between tokenizers."
@@ -130,11 +131,11 @@ def bits_per_byte(
     model.eval()
     try:
         with torch.inference_mode():
-            for inputs, targets, *_ in batches:
-                inputs, targets = inputs.to(model.device), targets.to(model.device)
+            for inputs, targets, *more in batches:
+                inputs, targets, *more = (t.to(model.device) for t in (inputs, targets, *more[:1]))
                 sizes = token_bytes[targets.clamp(min=0)] * (targets >= 0)
                 targets = targets.masked_fill(sizes == 0, -1)
-                nats += lm_loss(model, inputs, targets, 'sum').item()
+                nats += lm_loss(model, inputs, targets, 'sum', docs=more[0] if more and model.cfg.mask_docs else None).item()
                 n_bytes, n_tokens = n_bytes + int(sizes.sum()), n_tokens + int((sizes > 0).sum())
     finally: model.train(was_training)
     if n_bytes == 0: raise UserError('bits per byte: the batches hold no text to predict; give more validation data')

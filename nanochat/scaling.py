@@ -88,6 +88,12 @@ class Recipe:
     n_embd:int = _why('64 channels a layer')
     vocab_size:int = _why('from the tokenizer')
     max_len:int = _why('longest sequence, in tokens')
+    window_pattern:str = _why('L: every layer sees the whole row; S would be a quarter of it')
+    value_embeds:bool = _why('a table of values in every second layer: lookups are nearly free')
+    layer_scales:bool = _why('a factor on the stream and on the embedding for each layer')
+    smear:bool = _why('each embedding takes in some of the one before it')
+    backout:bool = _why('the stream of the middle is taken out again at the end')
+    mask_docs:bool = _why('whether documents in one row see each other: here they do')
     tokens:int = _why('whole run: steps × batch')
     batch_tokens:int = _why('D^0.383 from 2^19 at depth 12, at most D/2000, in whole rows')
     device_batch:int = _why('rows at a time: at most 16,384 tokens, so that memory suffices')
@@ -206,8 +212,9 @@ def recipe(
     steps = steps or max(1, round(horizon / (rows * max_len)))
     length = dict(tokens=steps * rows * max_len, batch_tokens=rows * max_len, device_batch=device_batch, steps=steps,
                   grad_accum=rows // device_batch)
+    extras = dict(window_pattern='L', value_embeds=True, layer_scales=True, smear=True, backout=True, mask_docs=False)
     rates = _rates(shape['n_embd'], steps, o.get('matrix_lr', MATRIX_LR))
-    return _sane(Recipe(**{**shape, **length, **rates, **o, 'by_hand': tuple(sorted(o))}))
+    return _sane(Recipe(**{**shape, **extras, **length, **rates, **o, 'by_hand': tuple(sorted(o))}))
 
 # %% ../nbs/31_scaling.ipynb #recipe-config
 def gpt_config(
@@ -215,7 +222,8 @@ def gpt_config(
 ) -> GPTConfig:
     "The model that a recipe trains"
     return GPTConfig(vocab_size=r.vocab_size, n_layer=r.depth, n_head=r.n_head, n_kv_head=r.n_kv_head, head_dim=r.head_dim,
-                     max_len=r.max_len)
+                     max_len=r.max_len, window_pattern=r.window_pattern, short_window=max(1, r.max_len//4), value_embeds=r.value_embeds,
+                     layer_scales=r.layer_scales, smear=r.smear, backout=r.backout, mask_docs=r.mask_docs)
 
 # %% ../nbs/31_scaling.ipynb #set-schedule
 def set_schedule(

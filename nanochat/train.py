@@ -30,7 +30,8 @@ def train_step(
     loss = 0.
     for b in batches:
         inputs, targets = (t.to(model.device, non_blocking=True) for t in (b.inputs, b.targets))
-        part = lm_loss(model, inputs, targets, 'sum') / total
+        docs = b.docs.to(model.device, non_blocking=True) if model.cfg.mask_docs else None
+        part = lm_loss(model, inputs, targets, 'sum', docs=docs) / total
         part.backward()
         loss += part.item()
     moved = optimizer.step()

@@ -46,7 +46,7 @@ stage() {                                          # stage TITLE MODULE FLAGS...
     "$PYTHON" -m "nanochat.scripts.$2" "${@:3}" | sed '$d'
 }
 start=$SECONDS
-stage "text"         data       --source "$data" --name "$tag" --docs $docs
+stage "text"         data       prepare --source "$data" --name "$tag" --docs $docs
 stage "tokenizer"    tok_train  --data "$tag" --tag "$tag" --vocab-size $vocab
 stage "pretraining"  base_train --data "$tag" --tag "$tag" "${base[@]}"
 if [ "$data" = tinyworld ]; then

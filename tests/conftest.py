@@ -18,7 +18,7 @@ def result(run): return json.loads(run.stdout.splitlines()[-1])
 def micro(tmp_path_factory):
     "A base folder with a little tiny-world data and a tokenizer of 512 tokens, both called micro"
     base = tmp_path_factory.mktemp('base')
-    for r in (script('data', '--name', 'micro', '--docs', 1500, '--val-docs', 60, base=base),
+    for r in (script('data', 'prepare', '--name', 'micro', '--docs', 1500, '--val-docs', 60, base=base),
               script('tok_train', '--data', 'micro', '--tag', 'micro', '--vocab-size', 512, base=base)):
         assert r.returncode == 0, r.stderr
     return base

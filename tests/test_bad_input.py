@@ -20,19 +20,19 @@ def trained(micro):
     return micro
 
 def test_missing_data(micro): refused(script('base_train', '--data', 'nowhere', '--tokenizer', 'micro', base=micro), 'nowhere')
-def test_missing_source(micro): refused(script('data', '--source', 'no/such/folder', base=micro), 'no/such/folder')
+def test_missing_source(micro): refused(script('data', 'prepare', '--source', 'no/such/folder', base=micro), 'no/such/folder')
 def test_missing_tokenizer(micro): refused(script('base_train', '--data', 'micro', '--tokenizer', 'nobody', base=micro), 'nobody')
 def test_missing_model(micro): refused(script('chat_cli', '--tag', 'nobody', '-p', 'Hi', base=micro), 'nobody')
 def test_unknown_tag_form(micro): refused(script('base_train', '--tag', '../up', base=micro), '../up')
 
 def test_empty_file(micro, tmp_path):
     (tmp_path/'empty.txt').write_text('')
-    refused(script('data', '--source', tmp_path, '--name', 'empty', base=micro), 'empty.txt')
+    refused(script('data', 'prepare', '--source', tmp_path, '--name', 'empty', base=micro), 'empty.txt')
     assert not (micro/'data/empty/manifest.json').exists()
 
 def test_bad_json_line(micro, tmp_path):
     (tmp_path/'bad.jsonl').write_text('{"text": "fine, and long enough"}\n{"text": \n')
-    refused(script('data', '--source', tmp_path, '--name', 'bad', base=micro), 'bad.jsonl', '2')
+    refused(script('data', 'prepare', '--source', tmp_path, '--name', 'bad', base=micro), 'bad.jsonl', '2')
 
 @pytest.mark.parametrize('args', [['--depth', 'four'], ['--depth', '-1'], ['--no-such-flag', '1'], ['--steps', '0'], ['--device', 'quantum']])
 def test_bad_flags(micro, args):

@@ -2,18 +2,19 @@
 import copy, math, subprocess, sys
 import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from nanochat.attention import KVCache
+from nanochat.cache import KVCache
 from nanochat.gpt import GPT, GPTConfig, param_roles
 from nanochat.head import bits_per_byte, lm_loss, softcap_cross_entropy, token_logprobs
 
 V = 90
-SHAPES = [dict(n_head=2, n_kv_head=2), dict(n_head=4, n_kv_head=2), dict(n_head=3, n_kv_head=1, head_dim=4)]
+EXTRAS = dict(window_pattern='SSL', short_window=3, value_embeds=True, value_gate_channels=4, layer_scales=True, smear=True, smear_channels=5, backout=True)
+SHAPES = [dict(n_head=2, n_kv_head=2), dict(n_head=4, n_kv_head=2), dict(n_head=3, n_kv_head=1, head_dim=4), dict(n_layer=3, **EXTRAS)]
 
 def shaken(seed=0, **kw):
     "A small float64 model in which every matrix matters; a new one starts with half of them at zero"
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**{**dict(vocab_size=V, n_layer=2, n_head=2, n_kv_head=1, head_dim=8, max_len=32), **kw}))
-    for p in model.parameters(): torch.nn.init.normal_(p, std=1.5*p.shape[1]**-0.5)
+    for p in model.parameters(): torch.nn.init.normal_(p, std=1.5*p.shape[-1]**-0.5)
     return model.double()
 
 def ids_of(*shape): return torch.randint(0, V, shape)
@@ -73,9 +74,9 @@ def test_overflow_raises_and_changes_nothing():
     model, cache = shaken(), shaken().new_cache(2, max_len=8)
     model(ids_of(2, 7), cache)
     cache.advance([5, 7])
-    before = cache.k.clone()
+    before = [z.clone() for z in cache.k]
     with pytest.raises(ValueError, match='row 1 holds 7 tokens; 2 more do not fit into a cache of max_len=8'): model(ids_of(2, 2), cache)
-    assert torch.equal(before, cache.k) and cache.lengths == [5, 7]
+    assert all(map(torch.equal, before, cache.k)) and cache.lengths == [5, 7]
     model(ids_of(2, 1), cache)
     cache.advance(1)
     assert cache.lengths == [6, 8]
@@ -143,7 +144,7 @@ def test_cast_then_run(dtype):
     loss = lm_loss(low, ids, ids)
     loss.backward()
     assert loss.dtype == torch.float32 and abs(loss - full)/full < 0.02 and low.wte.weight.grad.dtype == dtype
-    assert low.new_cache(1).k.dtype == dtype
+    assert low.new_cache(1).k[0].dtype == dtype
 
 def test_run_in_inference_mode_first_then_train():
     model, ids = shaken(), ids_of(2, 8)

@@ -16,7 +16,8 @@ def one_thread():
     yield
     torch.set_num_threads(n)
 
-R = recipe(2, 256, 64, steps=50, batch_tokens=256)
+OFF = dict.fromkeys(('value_embeds', 'layer_scales', 'smear', 'backout'), False)          # matrices, embedding and head are left
+R, R_ALL = recipe(2, 256, 64, steps=50, batch_tokens=256, **OFF), recipe(2, 256, 64, steps=50, batch_tokens=256)
 
 def fresh(seed=0, r=R):
     torch.manual_seed(seed)
@@ -78,9 +79,12 @@ def test_adamw_is_torchs_on_a_model():
     for p, q in zip(model.parameters(), twin.parameters()): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 def test_every_parameter_is_in_one_group_by_role():
-    model, opt = fresh()
+    model, opt = fresh(r=R_ALL)
     groups = {g['role']: g for g in opt.param_groups}
-    assert {r: g['kind'] for r, g in groups.items()} == {'embedding': 'adamw', 'head': 'adamw', 'matrix': 'muon'}
+    assert {r: g['kind'] for r, g in groups.items()} == {'embedding': 'adamw', 'head': 'adamw', 'matrix': 'muon', 'scalar': 'adamw'}
+    assert all(p.ndim == 2 for p in groups['matrix']['params'])
+    assert {n for n in groups['scalar']['param_names']} == {'stream_scales', 'x0_scales', 'smear_scale', 'backout_scale', 'smear_gate.weight',
+                                                            'blocks.1.attn.value_gate.weight'}
     names = [n for g in opt.param_groups for n in g['param_names']]
     assert sorted(names) == sorted(n for n, _ in model.named_parameters())
     assert all(g['initial_lr'] == g['lr'] == getattr(R, f'{r}_lr') for r, g in groups.items())
@@ -146,7 +150,7 @@ def test_torchs_own_state_dict_continues_to_the_bit():
     assert equal(straight, go_on(again, opt2, [9]))            # the groups that were loaded are those that are obeyed
 
 def test_a_resumed_run_obeys_its_new_flags():
-    half = recipe(2, 256, 64, steps=50, batch_tokens=256, matrix_lr=R.matrix_lr / 2, weight_decay=R.weight_decay)
+    half = recipe(2, 256, 64, steps=50, batch_tokens=256, matrix_lr=R.matrix_lr / 2, weight_decay=R.weight_decay, **OFF)
     model, opt = fresh()
     go_on(model, opt, [0])
     again, opt2 = fresh(r=half)

@@ -13,7 +13,7 @@ def books(tmp_path_factory):
     return folder
 
 def test_books(books, tmp_path):
-    r = script('data', '--source', books, '--name', 'books', base=tmp_path)
+    r = script('data', 'prepare', '--source', books, '--name', 'books', base=tmp_path)
     assert r.returncode == 0, r.stderr
     assert [result(r)['splits'][s]['docs'] for s in ('train', 'val')] == [9, 5]
     r = script('tok_train', '--data', 'books', '--tag', 'books', '--vocab-size', 1024, base=tmp_path)

@@ -16,6 +16,7 @@ from ..common import (UserError, as_command, environment, pick_device, print_res
                              sha256_file, single_process)
 from ..dataloader import PretrainLoader, val_batches
 from ..dataset import documents, read_manifest
+from ..prefetch import prefetch
 from ..tokenizer import Tokenizer
 
 # %% ../../nbs/35_base_train.ipynb #imports-model
@@ -58,7 +59,9 @@ def set_up(source, tok, r, seed, device):
     "Model, optimizer and loader of a fresh run; the same seed gives the same three."
     seed_everything(seed)
     model = GPT(gpt_config(r)).to(device)
-    return model, make_optimizer(model, r), PretrainLoader(source, 'train', tok, r.device_batch, r.max_len, seed=seed)
+    loader = PretrainLoader(source, 'train', tok, r.device_batch, r.max_len, seed=seed)
+    if device.type != 'cpu': loader = prefetch(loader, device)          # on a CPU a thread for it would take time from the model
+    return model, make_optimizer(model, r), loader
 
 # %% ../../nbs/35_base_train.ipynb #peak-memory
 def peak_memory_mb(device) -> int:

@@ -16,7 +16,7 @@ from fastcore.script import call_parse
 from ..checkpoint import load_model
 from ..common import (UserError, as_command, environment, pick_device, print_result, read_json, run_dir,
                              seed_everything, single_process)
-from ..conversation import check_conversation, render
+from ..conversation import check_conversation, render_all
 from ..dataloader import ChatLoader
 from ..head import lm_loss
 from ..optim import make_optimizer
@@ -86,7 +86,7 @@ def chat_sft(
     single_process('chat_sft')
     with lock(folder := run_dir('sft', tag)):
         model, tok, tok_tag, base, base_hash = start_from(tag, pick_device(device))
-        chats, held_out = ([render(tok, c) for c in part] for part in gather(data, n, seed))
+        (chats, fitted), (held_out, _) = (render_all(tok, part, base.max_len + 1) for part in gather(data, n, seed))
         r = sft_recipe(base, sum(len(c.ids) for c in chats), epochs, lr_scale, batch_tokens)
         config = dict(recipe=r.to_dict(), data=data, n=n, conversations=len(chats), base=base_hash, tokenizer=tok.hash, seed=seed)
         run, result = start_run(folder, config, force)
@@ -95,8 +95,8 @@ def chat_sft(
         loader = ChatLoader(chats, tok, r.device_batch, r.max_len, seed=seed)
         evaluate = lambda step: dict(val_loss=chat_loss(model, held_out, tok, r.device_batch, r.max_len))
         stats = train(model, make_optimizer(model, r), loader, r, run, (tok_tag, tok.hash), evaluate, eval_every, save_every, on_step)
-        return run.finish(dict(stage='sft', tag=tag, data=data, conversations=len(chats), **stats, left_out=loader.left_out,
-                               ledger=loader.ledger, environment=environment()))
+        return run.finish(dict(stage='sft', tag=tag, data=data, conversations=len(chats), **stats, fitted=fitted,
+                               left_out=loader.left_out, ledger=loader.ledger, environment=environment()))
 
 # %% ../../nbs/60_chat_sft.ipynb #main
 @call_parse
