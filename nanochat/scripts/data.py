@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCRIPTS', 'STOP_WORDS', 'BYTES_PER_TOKEN', 'ACTIONS', 'Found', 'find_source', 'fetch', 'verify_conversations',
            'prepare', 'verify', 'prefetch', 'Distinct', 'script_shares', 'guess_language', 'histogram', 'lasts',
-           'inspect', 'main']
+           'inspect', 'tokenize', 'main']
 
 # %% ../../nbs/31a_data.ipynb #imports
 import difflib, hashlib, itertools, json, math, os, re, shutil, sys, time
@@ -27,6 +27,7 @@ from ..dataset import verify as verify_shards
 from ..download import RAW_MANIFEST, SOURCES, Source, fetch as fetch_files, offline as env_offline, raw_files, read_raw_manifest, verify_raw
 from ..scaling import recipe
 from ..tokenizer import Tokenizer
+from ..tokens import tokenize_shards
 
 # %% ../../nbs/31a_data.ipynb #world-splits
 def _tinyworld(docs, val_docs, seed):
@@ -535,8 +536,21 @@ def inspect(
     print(_report(result, distinct))
     return result
 
+# %% ../../nbs/31a_data.ipynb #tokenize
+def tokenize(
+    name:str='tinyworld', # of a folder below data/
+    tokenizer:str='tiny', # name of a tokenizer
+    force:bool=False, # again, even if the tokens are there
+) -> dict: # the result
+    "Turn prepared text into tokens once, beside its shards. Training finds them; its batches are the same with and without."
+    single_process('Tokenizing')
+    start, folder = time.perf_counter(), _target(name)
+    m = tokenize_shards(folder, tok := Tokenizer.load(run_dir('tokenizer', tokenizer)), force)
+    tokens = {split: sum(s['tokens'] for s in m['shards'] if s['split'] == split) for split in read_manifest(folder)['splits']}
+    return dict(stage='tokenize', name=name, tokenizer=tok.hash, tokens=tokens, dtype=m['dtype'], seconds=round(time.perf_counter() - start, 1))
+
 # %% ../../nbs/31a_data.ipynb #main
-ACTIONS = dict(fetch=fetch, prepare=prepare, inspect=inspect, verify=verify, prefetch=prefetch)
+ACTIONS = dict(fetch=fetch, prepare=prepare, tokenize=tokenize, inspect=inspect, verify=verify, prefetch=prefetch)
 _USAGE = 'python -m nanochat.scripts.data'
 
 def _overview():
@@ -569,7 +583,7 @@ def _parse(action, args):
 def main(
     args:list[str]=None, # the words of the command line; None: those of this process
 ):
-    "One door for data: fetch, prepare, inspect, verify, prefetch."
+    "One door for data: fetch, prepare, tokenize, inspect, verify, prefetch."
     args = sys.argv[1:] if args is None else list(args)
     if not args or args[0] in ('-h', '--help', 'help'): return print(_overview())
     action = 'prepare' if args[0].startswith('-') else args.pop(0)              # without an action, prepare
