@@ -191,9 +191,10 @@ def encode_naive(tok:Tokenizer, text:str) -> list[int]:
     return [tok.ranks[t] for p in pieces for t in merge_parts(tok.ranks, p.encode())]
 
 # %% ../nbs/10_tokenizer.ipynb #train-stream
+_CHUNK = 16_384                                     # characters; some thousand of these are in memory at a time
 _JOINT = re.compile('[A-Za-z](?= [A-Za-z])')       # between these two, `PATTERN` cuts in every text
 
-def _chunks(text, size=32_768):
+def _chunks(text, size=_CHUNK):
     "`text` in parts of `size` or little more, cut only where the pattern cuts anyway"
     start = 0
     while m := _JOINT.search(text, start + size):
@@ -213,7 +214,9 @@ class _Stream:
             except UnicodeEncodeError: raw = (text := _clean(text)).encode()
             self.docs += 1; self.chars += len(text); self.bytes += len(raw)
             self.sha.update(raw)
-            for part in self.cut(text): yield from (_parts(part) if len(part) >= _LONG else (part,))
+            if len(text) < _CHUNK: yield text
+            else:
+                for part in self.cut(text): yield from (_parts(part) if len(part) >= _LONG else (part,))
 
 # %% ../nbs/10_tokenizer.ipynb #train
 def train_bpe(
@@ -224,7 +227,7 @@ def train_bpe(
     "BPE by `rustbpe`: the same tokenizer as `train_bpe_naive`, fast"
     import rustbpe
     n, seen, trainer = _n_tokens(vocab_size), _Stream(texts, pattern), rustbpe.Tokenizer()
-    trainer.train_from_iterator(iter(seen), n, buffer_size=1024, pattern=pattern)     # 1024 chunks at a time in memory
+    trainer.train_from_iterator(iter(seen), n, buffer_size=4096, pattern=pattern)     # 4096 chunks at a time in memory
     if not seen.chars: raise UserError('no text to train a tokenizer on: every document is empty, or there is none')
     if seen.bytes >= 2**31: raise UserError(f'{seen.bytes} bytes of text: rustbpe counts in 32 bits, train on less than {2**31}')
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}

@@ -1,9 +1,10 @@
 """Our tokenizer beside rustbpe and tiktoken used directly, in one process: `python tools/bench_tokenizer.py [files ...]`
 
 `tokenizer_rows(texts)` returns a row for each comparison: name, ours and direct in MB/s, and ratio, ours over direct. Each speed is
-the best of several runs that take turns, because whatever else a machine does can only make a run slower.
+the median of runs that take turns; on a shared machine single runs of the same work differ by a third, and the best of few
+runs by a tenth, so the ratio of a row is good to a few percent at most.
 """
-import json, sys, time
+import json, statistics, sys, time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -21,13 +22,13 @@ def row(name, n_bytes, ours, direct, repeats):
     times = {ours: [], direct: []}
     for i in range(repeats):
         for f in (ours, direct) if i % 2 else (direct, ours): times[f].append(clock(f))
-    o, d = (n_bytes / 1e6 / min(times[f]) for f in (ours, direct))
+    o, d = (n_bytes / 1e6 / statistics.median(times[f]) for f in (ours, direct))
     return dict(name=name, ours=round(o, 2), direct=round(d, 2), ratio=round(o / d, 3))
 
 def tokenizer_rows(
     texts, # documents, some MB together
     vocab_size=8192,
-    repeats=9, # pairs of runs for each row
+    repeats=15, # pairs of runs for each row
 ):
     "Training against rustbpe, encoding one by one and in batches against tiktoken; whole documents and pieces of 500 characters"
     import rustbpe, tiktoken
