@@ -37,7 +37,7 @@ if [ -n "$small" ]; then
     sft=(--n 4000 --epochs 3 --batch-tokens 2048 --save-every 100)
 else
     tag="${tag:-tiny}" docs=60000 vocab=2048 exam=1
-    base=(--depth 3 --max-len 512 --tokens 1700000 --batch-tokens 2048 --save-every 100)
+    base=(--depth 3 --max-len 512 --tokens 1300000 --batch-tokens 2048 --save-every 100)
     sft=(--n 12000 --epochs 2 --batch-tokens 2048 --save-every 100)
 fi
 
@@ -46,7 +46,11 @@ stage() {                                          # stage TITLE MODULE FLAGS...
     "$PYTHON" -m "nanochat.scripts.$2" "${@:3}" | sed '$d'
 }
 start=$SECONDS
-stage "text"         data       prepare --source "$data" --name "$tag" --docs $docs
+if [ "$data" = tinyworld ]; then
+    stage "text"     data       prepare --name "$tag" --docs $docs
+else
+    stage "text"     data       prepare --source "$data" --name "$tag"
+fi
 stage "tokenizer"    tok_train  --data "$tag" --tag "$tag" --vocab-size $vocab
 stage "pretraining"  base_train --data "$tag" --tag "$tag" "${base[@]}"
 if [ "$data" = tinyworld ]; then

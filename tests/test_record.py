@@ -61,7 +61,7 @@ def test_finished(run):
     run.finish(dict(bpb=1.))
     assert finished(run.folder, asked) == dict(bpb=1.)
     with pytest.raises(UserError) as e: finished(run.folder, dict(depth=6, lr=0.1, data='x'))
-    assert all(s in str(e.value) for s in ('depth was 4, now 6', "data was None, now 'x'", '--force', '--tag')) and 'lr' not in str(e.value)
+    assert all(s in str(e.value) for s in ('depth was 4, now 6', "data was not set, now 'x'", '--force', '--tag')) and 'lr' not in str(e.value)
     tuples = Run(run.folder, dict(betas=(0.8, 0.95), folder=run.folder)); tuples.finish({})
     assert finished(run.folder, dict(betas=(0.8, 0.95), folder=run.folder)) == {}     # tuples and paths compare as they are stored
     Run(run.folder, asked)
