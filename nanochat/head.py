@@ -60,7 +60,7 @@ class _SumLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g): return *(d if d is None else d*g.to(d.dtype) for d in ctx.saved_tensors), *[None]*5
+    def backward(ctx, g): return *(d if d is None else d*g for d in ctx.saved_tensors), *[None]*5
 
 # %% ../nbs/22_head.ipynb #row-loss
 class _RowLoss(torch.autograd.Function):
@@ -135,7 +135,7 @@ def bits_per_byte(
                 inputs, targets, *more = (t.to(model.device) for t in (inputs, targets, *more[:1]))
                 sizes = token_bytes[targets.clamp(min=0)] * (targets >= 0)
                 targets = targets.masked_fill(sizes == 0, -1)
-                nats += lm_loss(model, inputs, targets, 'sum', docs=more[0] if more and model.cfg.mask_docs else None).item()
+                nats += lm_loss(model, inputs, targets, 'sum', docs=more[0] if more else None).item()
                 n_bytes, n_tokens = n_bytes + int(sizes.sum()), n_tokens + int((sizes > 0).sum())
     finally: model.train(was_training)
     if n_bytes == 0: raise UserError('bits per byte: the batches hold no text to predict; give more validation data')
