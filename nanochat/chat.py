@@ -16,6 +16,7 @@ from .checkpoint import checkpoints, load_model
 from .common import UserError, base_dir, run_dir
 from .conversation import render_prompt
 from .engine import Engine, Event, Sampling
+from .precision import for_inference
 
 # %% ../nbs/43_chat.ipynb #keep-parts
 def keep_parts(
@@ -144,4 +145,4 @@ def open_chat(
         other = f', or pass --tag {there[0]}' if there else ''
         raise UserError(f'there is no trained model in {folder}: run `bash runs/tiny.sh` to make one in minutes{other}')
     model, tok, _ = load_model(stage, tag, step, device)
-    return Chat(Engine(model, tok), system, Sampling(**sampling))
+    return Chat(Engine(for_inference(model), tok), system, Sampling(**sampling))

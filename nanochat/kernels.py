@@ -22,6 +22,13 @@ def segments(
     return torch.cat([starts, starts.new_tensor([docs.numel()])]).int()
 
 # %% ../nbs/20b_kernels.ipynb #in-line
+def _whole_rows(kernel):
+    "`kernel(q, k, v, scale, window, docs)` with the signature of `attention`, which takes over when a cache is read"
+    def attend(q, k, v, q_pos=None, scale=None, *, window=None, docs=None, k_pos=None):
+        if q_pos is None and k_pos is None and q.shape[1] == k.shape[1]: return kernel(q, k, v, scale, window, docs)
+        return attention(q, k, v, q_pos, scale, window=window, docs=docs, k_pos=k_pos)
+    return attend
+
 def in_line(
     kernel, # (q, k, v, starts, longest, window, scale), with q (tokens, H, D) → (tokens, H, D)
 ): # `attend`, with the signature of `attention`
@@ -32,12 +39,10 @@ def in_line(
         if docs is None: return torch.arange(0, B*T + 1, T, dtype=torch.int32, device=q.device)
         if last[0] is not docs: last[:] = docs, segments(docs).to(q.device)
         return last[1]
-    def attend(q, k, v, q_pos=None, scale=None, *, window=None, docs=None, k_pos=None):
-        if q_pos is not None or k_pos is not None or q.shape[1] != k.shape[1]:
-            return attention(q, k, v, q_pos, scale, window=window, docs=docs, k_pos=k_pos)
+    def whole(q, k, v, scale, window, docs):
         line = [z.flatten(0, 1) for z in (q, k, v)]
         return kernel(*line, starts_of(docs, q), q.shape[1], window, scale).unflatten(0, q.shape[:2])
-    return attend
+    return _whole_rows(whole)
 
 # %% ../nbs/20b_kernels.ipynb #flash
 def _torch_varlen():
@@ -82,12 +87,10 @@ def _flex(compiled=True):
         if (T, window) not in last[1]:
             last[1][T, window] = create_block_mask(rule, None if docs is None else len(q), None, T, T, device=q.device)
         return last[1][T, window]
-    def attend(q, k, v, q_pos=None, scale=None, *, window=None, docs=None, k_pos=None):
-        if q_pos is not None or k_pos is not None or q.shape[1] != k.shape[1]:
-            return attention(q, k, v, q_pos, scale, window=window, docs=docs, k_pos=k_pos)
+    def whole(q, k, v, scale, window, docs):
         mask, gqa = blocks(q, window, docs), q.shape[2] != k.shape[2]
         return run(*(z.transpose(1, 2) for z in (q, k, v)), block_mask=mask, scale=scale, enable_gqa=gqa).transpose(1, 2)
-    return attend
+    return _whole_rows(whole)
 
 # %% ../nbs/20b_kernels.ipynb #reasons
 _KERNELS = { # in order of preference: how to make it, lowest CUDA capability (None: any device), module that it needs

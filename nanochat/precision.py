@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'PRECISIONS', 'Format', 'round_to', 'quantize', 'dequantize', 'scaled_matmul', 'emulated_matmul',
-           'fp8_linear', 'emulated_nvfp4', 'LossScaler', 'capable', 'pick_precision']
+           'fp8_linear', 'fp8_blocks_linear', 'nvfp4_quantize', 'emulated_nvfp4', 'pack_nvfp4', 'tile_scales',
+           'nvfp4_linear', 'LossScaler', 'capable', 'pick_precision', 'set_precision', 'for_inference']
 
 # %% ../nbs/23_precision.ipynb #imports
 import math
 from typing import NamedTuple
-import torch
+import torch, torch.nn.functional as F
 
 # %% ../nbs/23_precision.ipynb #imports-ours
 from .common import UserError
+from .gpt import cast_product, param_roles
 
 # %% ../nbs/23_precision.ipynb #formats
 class Format(NamedTuple):
@@ -78,7 +80,16 @@ def scaled_matmul(
 ) -> torch.Tensor: # (M, N)
     "`a bᵀ` of 8-bit codes: torch's scaled product for one scale a tensor, a product for each block of columns otherwise."
     if a_scale.dim() == b_scale.dim() == 0: return torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=dtype)
+    if a.is_cuda and _has_blocks(a.device): return _hopper_blocks(a, a_scale, b, b_scale, dtype)
     return emulated_matmul(a, a_scale, b, b_scale).to(dtype)
+
+def _has_blocks(device): return hasattr(F, 'scaled_mm') and torch.cuda.get_device_capability(device) == (9, 0)
+
+def _hopper_blocks(a, a_scale, b, b_scale, dtype):
+    "The same by torch; it wants the scales of 1 × 128 blocks column by column, and gives bfloat16 only"
+    def side(x, s): return (F.ScalingType.BlockWise1x128, s.t().contiguous().t()) if len(s) == len(x) else (F.ScalingType.BlockWise128x128, s)
+    (kind_a, a_scale), (kind_b, b_scale) = side(a, a_scale), side(b, b_scale)
+    return F.scaled_mm(a, b.t(), a_scale, kind_a, b_scale.t(), kind_b, output_dtype=torch.bfloat16).to(dtype)
 
 def emulated_matmul(a:torch.Tensor, a_scale:torch.Tensor, b:torch.Tensor, b_scale:torch.Tensor) -> torch.Tensor:
     "The same in float32 on any device, as it is defined: the codes of each block of columns, then its scales. (M, N) float32."
@@ -109,25 +120,99 @@ class _Fp8Linear(torch.autograd.Function):
         return dx, scaled_matmul(across(qg), sg, across(qx), sx, ctx.dtypes[1])
 
 def fp8_linear(
-    x:torch.Tensor, # (..., K); K, N and the number of rows are multiples of 16 on a GPU
+    x:torch.Tensor, # (..., K)
     weight:torch.Tensor, # (N, K)
 ) -> torch.Tensor: # (..., N), dtype of x
-    "`x weightᵀ` with 8-bit products, forward and backward."
-    return _Fp8Linear.apply(x, weight)
+    "`x weightᵀ` with 8-bit products, forward and backward; sizes that are no multiples of 16 take the type of x instead."
+    return _Fp8Linear.apply(x, weight) if _tiled(x, weight, 16) else cast_product(x, weight)
+
+def _tiled(x, weight, n): return not any(size % n for size in (x[..., 0].numel(), *weight.shape))
+
+# %% ../nbs/23_precision.ipynb #fp8-blocks
+class _Fp8BlocksLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        rows, (qw, sw) = x.flatten(0, -2), quantize(weight, block=(128, 128))
+        ctx.save_for_backward(rows, qw, sw)
+        ctx.shape, ctx.dtype = x.shape, weight.dtype
+        return scaled_matmul(*quantize(rows, block=(1, 128)), qw, sw, x.dtype).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, qw, sw), g = ctx.saved_tensors, grad.flatten(0, -2)
+        along = lambda z: quantize(z.contiguous(), block=(1, 128))
+        dx = scaled_matmul(*along(g), qw.t().contiguous(), sw.t().contiguous(), x.dtype).view(ctx.shape)
+        return dx, scaled_matmul(*along(g.t()), *along(x.t()), ctx.dtype)
+
+def fp8_blocks_linear(x:torch.Tensor, weight:torch.Tensor) -> torch.Tensor:
+    "As `fp8_linear` with a scale for each block of 128; sizes that are no multiples of 128 take the type of x."
+    return _Fp8BlocksLinear.apply(x, weight) if _tiled(x, weight, 128) else cast_product(x, weight)
 
 # %% ../nbs/23_precision.ipynb #nvfp4
-def emulated_nvfp4(
+def nvfp4_quantize(
     x:torch.Tensor, # (..., K), K a multiple of 16
-) -> torch.Tensor: # same shape, float32: the numbers that NVFP4 can hold
-    "Round to e2m1 in blocks of 16 with an e4m3 scale each and one float32 scale (NVIDIA, *Pretraining LLMs with NVFP4*, 2025)."
+) -> tuple: # codes (..., K/16, 16) and block scales (..., K/16, 1), both as float32 numbers; the scale of the whole, ()
+    "e2m1 in blocks of 16 with an e4m3 scale each and one float32 scale (NVIDIA, *Pretraining LLMs with NVFP4*, 2025)."
     if x.shape[-1] % 16: raise ValueError(f'NVFP4 takes blocks of 16 numbers, and the last dimension is {x.shape[-1]}')
     blocks = x.float().unflatten(-1, (-1, 16))
     top = FORMATS['e2m1'].max * FORMATS['e4m3'].max                     # the largest code times the largest block scale
     whole = x.abs().amax().float() / top
     whole = torch.where(whole > 0, whole, 1.)
-    scale = round_to(blocks.abs().amax(-1, keepdim=True) / FORMATS['e2m1'].max / whole, 'e4m3').float() * whole
-    codes = round_to(blocks / torch.where(scale > 0, scale, 1.), 'e2m1').float()
-    return (codes * scale).flatten(-2)
+    scale = round_to(blocks.abs().amax(-1, keepdim=True) / FORMATS['e2m1'].max / whole, 'e4m3').float()
+    codes = round_to(blocks / torch.where(scale > 0, scale * whole, 1.), 'e2m1').float()
+    return codes, scale, whole
+
+def emulated_nvfp4(x:torch.Tensor) -> torch.Tensor:
+    "The float32 numbers that NVFP4 can hold nearest to x (..., K)."
+    codes, scale, whole = nvfp4_quantize(x)
+    return (codes * (scale * whole)).flatten(-2)
+
+# %% ../nbs/23_precision.ipynb #fp4-pack
+def pack_nvfp4(
+    codes:torch.Tensor, # (M, K/16, 16), numbers of e2m1
+) -> torch.Tensor: # (M, K/2) uint8: sign and index of each number, the first of a pair in the lower half
+    "Two four-bit codes to a byte."
+    marks = torch.tensor([0, .5, 1, 1.5, 2, 3, 4, 6], device=codes.device)
+    nibbles = torch.bucketize(codes.abs(), marks) + 8 * (codes < 0)
+    low, high = nibbles.flatten(1).unflatten(1, (-1, 2)).unbind(-1)
+    return (low + 16 * high).to(torch.uint8)
+
+def tile_scales(
+    scale:torch.Tensor, # (M, S)
+) -> torch.Tensor: # flat, padded with zeros to tiles of 128 × 4
+    "Block scales in the order of the hardware: in each tile, row r and column c stand at 16 (r mod 32) + 4 (r // 32) + c."
+    M, S = scale.shape
+    padded = F.pad(scale, (0, -S % 4, 0, -M % 128))
+    tiles = padded.unflatten(1, (-1, 4)).unflatten(0, (-1, 4, 32))                # (M/128, 4, 32, S/4, 4)
+    return tiles.permute(0, 3, 2, 1, 4).flatten()
+
+# %% ../nbs/23_precision.ipynb #fp4-linear
+def _nvfp4_matmul(x, weight):
+    "Operands as NVFP4, (M, K) and (N, K) → (M, N) bfloat16, by a chip that has it"
+    def side(z):
+        codes, scale, whole = nvfp4_quantize(z)
+        return pack_nvfp4(codes).view(torch.float4_e2m1fn_x2), [tile_scales(scale.squeeze(-1)).to(torch.float8_e4m3fn), whole]
+    (a, a_scales), (b, b_scales) = side(x), side(weight)
+    kinds, order = [F.ScalingType.BlockWise1x16, F.ScalingType.TensorWise], [F.SwizzleType.SWIZZLE_32_4_4, F.SwizzleType.NO_SWIZZLE]
+    return F.scaled_mm(a, b.t(), a_scales, kinds, b_scales, kinds, order, order, output_dtype=torch.bfloat16)
+
+class _Nvfp4Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        qx, qw = emulated_nvfp4(x).to(x.dtype), emulated_nvfp4(weight).to(x.dtype)
+        ctx.save_for_backward(qx, qw)
+        ctx.dtype = weight.dtype
+        if x.is_cuda and 'nvfp4' in capable(x.device): return _nvfp4_matmul(x.flatten(0, -2), weight).to(x.dtype).unflatten(0, x.shape[:-1])
+        return F.linear(qx, qw)
+
+    @staticmethod
+    def backward(ctx, grad):
+        qx, qw = ctx.saved_tensors
+        return grad @ qw, (grad.flatten(0, -2).t() @ qx.flatten(0, -2)).to(ctx.dtype)
+
+def nvfp4_linear(x:torch.Tensor, weight:torch.Tensor) -> torch.Tensor:
+    "`x weightᵀ` with both operands rounded to NVFP4 for the forward product; sizes that are no multiples of 16 take the type of x."
+    return _Nvfp4Linear.apply(x, weight) if _tiled(x, weight, 16) else cast_product(x, weight)
 
 # %% ../nbs/23_precision.ipynb #scaler
 class LossScaler:
@@ -150,8 +235,8 @@ class LossScaler:
     def load_state_dict(self, state:dict): self.scale, self.good = state['scale'], state['good']
 
 # %% ../nbs/23_precision.ipynb #capability
-PRECISIONS = ('fp32', 'bf16', 'fp16', 'fp8', 'nvfp4')
-_NEEDS = {'bf16': (8, 0), 'fp16': (5, 3), 'fp8': (8, 9), 'nvfp4': (10, 0)}      # CUDA compute capability that multiplies it natively
+PRECISIONS = ('fp32', 'bf16', 'fp16', 'fp8', 'fp8_blocks', 'nvfp4')
+_NEEDS = {'bf16': (8, 0), 'fp16': (5, 3), 'fp8': (8, 9), 'fp8_blocks': (9, 0), 'nvfp4': (10, 0)}      # CUDA compute capability that multiplies it natively
 
 def capable(
     device, # a torch.device or its name
@@ -162,7 +247,9 @@ def capable(
     if kind == 'mps': return ['fp32', 'bf16', 'fp16']
     if kind != 'cuda': return ['fp32']
     have = capability or torch.cuda.get_device_capability(device)
-    return ['fp32'] + [p for p in PRECISIONS[1:] if have >= _NEEDS[p]]
+    can = ['fp32'] + [p for p in PRECISIONS[1:] if have >= _NEEDS[p]]
+    if have[0] != 9 and 'fp8_blocks' in can: can.remove('fp8_blocks')               # torch has this recipe for Hopper alone
+    return can
 
 def pick_precision(
     name:str='auto', # 'auto' or one of `PRECISIONS`
@@ -174,3 +261,28 @@ def pick_precision(
     if name in have: return name
     why = 'is not a precision' if name not in PRECISIONS else f'is not native on {torch.device(device)}'
     raise UserError(f'--precision {name} {why}: choose auto or one of {", ".join(have)}')
+
+# %% ../nbs/23_precision.ipynb #set-precision
+_PRODUCTS = {'fp8': fp8_linear, 'fp8_blocks': fp8_blocks_linear, 'nvfp4': nvfp4_linear}
+
+def set_precision(
+    model, # a GPT
+    name:str, # one of `PRECISIONS`; also one that this device only emulates
+) -> None:
+    "The type of a model's activations, and how its matrices multiply. The weights are left as they are."
+    if name not in PRECISIONS: raise UserError(f'{name!r} is not a precision: choose one of {", ".join(PRECISIONS)}')
+    model.activations = {'fp32': torch.float32, 'fp16': torch.float16}.get(name, torch.bfloat16)
+    for parameter, role in param_roles(model).items():
+        if role == 'matrix': model.get_submodule(parameter.removesuffix('.weight')).product = _PRODUCTS.get(name, cast_product)
+
+# %% ../nbs/23_precision.ipynb #for-inference
+def for_inference(
+    model, # a GPT; changed in place
+    name:str='auto', # as for `pick_precision`
+):
+    "The model with its weights converted to the type that it will compute in. Not to be trained any more."
+    set_precision(model, pick_precision(name, model.device))
+    kind = model.dtype
+    set_precision(model, 'fp32')
+    model.activations = None                                                        # from here on, as the weights
+    return model.to(kind).requires_grad_(False).eval()

@@ -16,6 +16,7 @@ import torch
 from .checkpoint import latest, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from .common import UserError, differences, progress, read_json, synchronize
 from .head import lm_loss
+from .precision import LossScaler
 from .scaling import set_schedule
 from .record import Run, finished
 
@@ -23,18 +24,20 @@ from .record import Run, finished
 def train_step(
     model, optimizer,
     batches:list, # the micro-batches of one step
+    scaler:LossScaler|None=None, # for float16
 ) -> tuple[float, int, bool]: # mean loss per supervised token, their number, whether the weights moved
     "One optimizer step on the mean loss over all supervised tokens of `batches`, however they are cut."
     total = sum(int((b.targets >= 0).sum()) for b in batches)
     if not total: return 0., 0, False
     loss = 0.
     for b in batches:
-        inputs, targets = (t.to(model.device, non_blocking=True) for t in (b.inputs, b.targets))
-        docs = b.docs.to(model.device, non_blocking=True) if model.cfg.mask_docs else None
+        inputs, targets, docs = (t.to(model.device, non_blocking=True) for t in (b.inputs, b.targets, b.docs))
         part = lm_loss(model, inputs, targets, 'sum', docs=docs) / total
-        part.backward()
+        (part * scaler.scale if scaler else part).backward()
         loss += part.item()
+    if scaler: scaler.unscale(model.parameters())
     moved = optimizer.step()
+    if scaler: scaler.update(moved)
     optimizer.zero_grad(set_to_none=True)
     return loss, total, moved
 
@@ -117,12 +120,14 @@ class Loop:
         state = resume_snapshot(run, model, optimizer, loader, tokenizer)
         self.step, self.seconds, self.tokens, self.skipped = (state[k] for k in CLOCK)
         self.in_a_row, self.recent = 0, state.get('recent', [])
+        self.scaler = LossScaler() if model.dtype == torch.float16 else None
+        if self.scaler and state.get('scaler'): self.scaler.load_state_dict(state['scaler'])
 
     def one_step(self) -> dict:
         "The next step; returns and records its metrics."
         t = time.perf_counter()
         rate = set_schedule(self.optimizer, self.recipe, self.step)['lr_multiplier']
-        loss, n, moved = train_step(self.model, self.optimizer, [next(self.loader) for _ in range(self.recipe.grad_accum)])
+        loss, n, moved = train_step(self.model, self.optimizer, [next(self.loader) for _ in range(self.recipe.grad_accum)], self.scaler)
         synchronize(self.model.device)
         took = time.perf_counter() - t
         self.in_a_row = 0 if moved else self.in_a_row + 1
@@ -135,7 +140,8 @@ class Loop:
 
     def save(self):
         "Checkpoint everything that the next step reads."
-        clock = dict(zip(CLOCK, (self.step, self.seconds, self.tokens, self.skipped)), recent=self.recent)
+        clock = dict(zip(CLOCK, (self.step, self.seconds, self.tokens, self.skipped)), recent=self.recent,
+                     scaler=self.scaler and self.scaler.state_dict())
         save_snapshot(self.run, self.step, self.model, self.optimizer, self.loader, self.tokenizer, clock)
 
     def summary(self) -> dict:

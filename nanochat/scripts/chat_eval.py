@@ -14,6 +14,7 @@ from ..checkpoint import load_model
 from ..common import UserError, as_command, atomic_write, print_result, progress, run_dir, single_process, write_json
 from ..conversation import render_prompt
 from ..engine import Engine, Sampling
+from ..precision import for_inference
 from ..record import read_result
 from ..stats import wilson
 from ..tinyworld import Question, asked_text, evaluation
@@ -72,7 +73,7 @@ def chat_eval(
     config = dict(stage=stage, step=manifest['step'], model=manifest['files']['model.safetensors']['sha256'], share=share, seed=seed)
     if (done := read_result(folder)) and done.get('config') == config: print(f'already finished: chat_eval {tag}'); return done
     exam = evaluation(seed, share)
-    kinds, rows = grade(exam, answers(Engine(model, tok), exam))
+    kinds, rows = grade(exam, answers(Engine(for_inference(model), tok), exam))
     atomic_write(folder/'answers.jsonl', ''.join(json.dumps(r) + '\n' for r in rows))
     result = dict(stage='chat_eval', tag=tag, config=config, questions=len(exam), kinds=kinds,
                   samples=pick_samples(rows), seconds=round(time.perf_counter() - start, 1))

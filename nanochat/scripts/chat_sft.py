@@ -20,8 +20,10 @@ from ..conversation import check_conversation, render_all
 from ..dataloader import ChatLoader
 from ..head import lm_loss
 from ..optim import make_optimizer
+from ..precision import pick_precision, set_precision
 from ..record import lock
 from ..scaling import Recipe
+from .base_train import say_engines
 from ..tinyworld import conversations
 from ..train import start_run, train
 
@@ -80,22 +82,26 @@ def start_from(tag:str, device):
 # %% ../../nbs/60_chat_sft.ipynb #chat-sft
 def chat_sft(
     tag:str='tiny', data:str='tinyworld', n:int=12_000, epochs:float=1., lr_scale:float=.5, batch_tokens:int=4096,
-    eval_every:int=100, save_every:int=100, seed:int=0, device:str='auto', force:bool=False, on_step=None,
+    eval_every:int=100, save_every:int=100, seed:int=0, device:str='auto',
+    precision:str='auto', attention:str='auto', force:bool=False, on_step=None,
 ) -> dict: # the result, as it stands in result.json
     "Fine-tune the base model of `tag` on conversations."
     single_process('chat_sft')
     with lock(folder := run_dir('sft', tag)):
         model, tok, tok_tag, base, base_hash = start_from(tag, pick_device(device))
+        set_precision(model, precision := pick_precision(precision, model.device))
+        model.kernel = attention
         (chats, fitted), (held_out, _) = (render_all(tok, part, base.max_len + 1) for part in gather(data, n, seed))
         r = sft_recipe(base, sum(len(c.ids) for c in chats), epochs, lr_scale, batch_tokens)
-        config = dict(recipe=r.to_dict(), data=data, n=n, conversations=len(chats), base=base_hash, tokenizer=tok.hash, seed=seed)
+        config = dict(recipe=r.to_dict(), data=data, n=n, conversations=len(chats), base=base_hash, tokenizer=tok.hash, seed=seed, precision=precision)
         run, result = start_run(folder, config, force)
         if result: print(f'already finished: sft {tag}'); return result
+        engines = say_engines(model, precision)
         seed_everything(seed)
         loader = ChatLoader(chats, tok, r.device_batch, r.max_len, seed=seed)
         evaluate = lambda step: dict(val_loss=chat_loss(model, held_out, tok, r.device_batch, r.max_len))
         stats = train(model, make_optimizer(model, r), loader, r, run, (tok_tag, tok.hash), evaluate, eval_every, save_every, on_step)
-        return run.finish(dict(stage='sft', tag=tag, data=data, conversations=len(chats), **stats, fitted=fitted,
+        return run.finish(dict(stage='sft', tag=tag, data=data, conversations=len(chats), **engines, **stats, fitted=fitted,
                                left_out=loader.left_out, ledger=loader.ledger, environment=environment()))
 
 # %% ../../nbs/60_chat_sft.ipynb #main
@@ -110,8 +116,11 @@ def main(
     save_every:int=100, # steps between two checkpoints
     seed:int=0, # of the conversations and their order
     device:str='auto', # cpu, cuda, mps, or auto
+    precision:str='auto', # fp32, bf16, fp16, fp8, fp8_blocks, nvfp4; auto: bf16 on a GPU that has it, else fp32
+    attention:str='auto', # kernel: fa4, fa3, flash_attn, varlen, flex, slices; auto: the best that this machine has
     force:bool=False, # replace a run of other settings
 ):
     "Fine-tune a pretrained model on conversations. Run again to go on; a finished run is not repeated."
     with as_command():
-        return print_result(chat_sft(tag, data, n, epochs, lr_scale, batch_tokens, save_every=save_every, seed=seed, device=device, force=force))
+        return print_result(chat_sft(tag, data, n, epochs, lr_scale, batch_tokens, save_every=save_every, seed=seed, device=device,
+            precision=precision, attention=attention, force=force))
