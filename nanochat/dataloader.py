@@ -306,14 +306,17 @@ class Place(NamedTuple):
     pool:list      # the pieces that wait
 
 # %% ../nbs/14_dataloader.ipynb #loader-base
+def _check(rank, world_size, **sizes):
+    for name, n in sizes.items():
+        if n is not None and n < 1: raise UserError(f'{name} must be at least 1, and is {n}')
+    if not 0 <= rank < world_size: raise UserError(f'there is no process {rank} among {world_size}: they are numbered from 0')
+
 class _Loader:
     "What both loaders share: batches from a packer that `_read_some` feeds with lengths"
     def _setup(self, bos, B, T, split, seed, buffer, epochs, rank, world_size):
-        for name, n in dict(B=B, T=T, buffer=buffer, epochs=1 if epochs is None else epochs).items():
-            if n < 1: raise UserError(f'{name} must be at least 1, and is {n}')
-        if not 0 <= rank < world_size: raise UserError(f'there is no process {rank} among {world_size}: they are numbered from 0')
+        _check(rank, world_size, B=B, T=T, buffer=buffer, epochs=epochs)
         self.bos, self.B, self.T, self.seed, self.buffer, self.epochs = bos, B, T, seed, buffer, epochs
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.order = rank, world_size, (None, [])
         self.packer, self.epoch, self.at = Packer(T + 1, split), 0, 0
 
     def __iter__(self): return self
@@ -354,6 +357,14 @@ def _rows(self:_Loader):
         if r//self.B == self.rank: rows.append(row)
     return rows
 
+@patch
+def _shuffled(self:_Loader, items):
+    "`items` in the order of this epoch; shuffled once an epoch, not once a row"
+    if self.order[0] != self.epoch:
+        self.order = self.epoch, list(items)
+        random.Random(f'{self.seed}-{self.epoch}').shuffle(self.order[1])
+    return self.order[1]
+
 @patch(as_prop=True)
 def ledger(self:_Loader) -> dict:
     "Where every token went, see `Packer.ledger`; of all processes together"
@@ -378,7 +389,7 @@ class PretrainLoader(_Loader):
         self._setup(tok.bos, B, T, True, seed, buffer, epochs, rank, world_size)
         self.name, self.tok, self.source = f'{folder}, {split}', tok, open_tokens(folder, split, tok)
         shards = ''.join(s['sha256'] for s in read_manifest(folder)['shards'] if s['split']==split)
-        self.data, self.order = hashlib.sha256(shards.encode()).hexdigest(), (None, [])
+        self.data = hashlib.sha256(shards.encode()).hexdigest()
 
     def _key(self): return dict(data=self.data[:12], tokenizer=self.tok.hash[:12], T=self.T, seed=self.seed, buffer=self.buffer)
 
@@ -390,10 +401,7 @@ class PretrainLoader(_Loader):
     def _read_some(self):
         "Let the documents of one row group wait, in an order of their own; the last group of an epoch begins the next epoch"
         groups = self.source.groups
-        if self.order[0] != self.epoch:
-            self.order = self.epoch, list(range(len(groups)))
-            random.Random(f'{self.seed}-{self.epoch}').shuffle(self.order[1])
-        group = groups[self.order[1][self.at]]
+        group = groups[self._shuffled(range(len(groups)))[self.at]]
         docs = list(enumerate(self.source.lengths(group), group.start))
         random.Random(f'{self.seed}-{self.epoch}-{group.start}').shuffle(docs)
         self.packer.add(*docs)
@@ -428,9 +436,7 @@ def val_batches(
     world_size:int=1, # number of processes
 ) -> Iterator[Batch]: # the last one may have fewer rows; a process may have none
     "Every token of the split as a target exactly once, by one of the processes"
-    for name, n in dict(B=B, T=T, max_tokens=1 if max_tokens is None else max_tokens).items():
-        if n < 1: raise UserError(f'{name} must be at least 1, and is {n}')
-    if not 0 <= rank < world_size: raise UserError(f'there is no process {rank} among {world_size}: they are numbered from 0')
+    _check(rank, world_size, B=B, T=T, max_tokens=max_tokens)
     source, packer = open_tokens(folder, split, tok), Packer(T + 1, split=False)
     rows = _val_rows(source, packer, max_tokens)
     while some := list(itertools.islice(rows, B*world_size)):
@@ -457,7 +463,7 @@ class ChatLoader(_Loader):
         self._setup(tok.bos, B, T, False, seed, buffer, epochs, rank, world_size)
         wrong = next((i for i, r in enumerate(rendered) if len(r.ids) != len(r.mask) or list(r.ids[:1]) != [tok.bos]), None)
         if wrong is not None: raise UserError(f'conversation {wrong} does not begin with BOS, or its mask has another length: use render')
-        self.tok, self.shuffle, self.sizes, self.order = tok, shuffle, [len(r.ids) for r in rendered], (None, [])
+        self.tok, self.shuffle, self.sizes = tok, shuffle, [len(r.ids) for r in rendered]
         self.data = functools.reduce(lambda h, r: zlib.crc32(np.array([r.ids, r.mask], np.int32).tobytes(), h), rendered, 0)
         self.usable = [i for i, r in enumerate(rendered) if len(r.ids) <= T + 1 and 1 in r.mask[1:]]
         self.rows_of = {i: (np.array(rendered[i].ids[1:], np.int32), np.array(rendered[i].mask[1:], bool)) for i in self.usable}
@@ -470,16 +476,9 @@ class ChatLoader(_Loader):
         return dict(conversations=[len(self.sizes), self.data], tokenizer=self.tok.hash[:12], T=self.T, seed=self.seed,
                     buffer=self.buffer, shuffle=self.shuffle)
 
-    def _order(self):
-        "Numbers of the usable conversations in the order of this epoch; shuffled once an epoch, not once a row"
-        if self.order[0] != self.epoch:
-            self.order = self.epoch, list(self.usable)
-            if self.shuffle: random.Random(f'{self.seed}-{self.epoch}').shuffle(self.order[1])
-        return self.order[1]
-
     def _read_some(self):
         "Let conversations wait until there are enough, or the epoch is over"
-        order = self._order()
+        order = self._shuffled(self.usable) if self.shuffle else self.usable
         if self.at == 0:
             unused = sum(self.sizes) - sum(self.sizes[i] for i in order)
             for key in ('read', 'dropped'): self.packer.counts[key] += unused

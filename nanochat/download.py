@@ -512,8 +512,12 @@ def fetch(
     folder = Path(folder)
     if offline() if no_network is None else no_network: return need_files(folder, shards)
     m = _planned(source, folder, shards, revision, patience)
+    gone = missing_files(folder, raw_files(m))
+    if not gone and m == read_raw_manifest(folder):
+        say(f'{m["repo"]}: all {len(m["files"])} files are in {folder}')
+        return m
     say(describe_plan(m, folder))
-    need, free = sum(f.size or 0 for f in missing_files(folder, raw_files(m))), _free(folder)
+    need, free = sum(f.size or 0 for f in gone), _free(folder)
     if need > free: raise UserError(f'{folder} has {_size(free)} free, and {_size(need)} are to come: ask for fewer --shards, or set NANOCHAT_BASE_DIR')
     _bring(m, folder, workers, patience)
     return m

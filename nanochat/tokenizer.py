@@ -209,11 +209,20 @@ class _Stream:
         self.docs = self.chars = self.bytes = 0
         self.sha = hashlib.sha256()
     def __iter__(self):
+        block, size = [], 0
         for text in self.texts:
-            try: raw = text.encode()
-            except UnicodeEncodeError: raw = (text := _clean(text)).encode()
-            self.docs += 1; self.chars += len(text); self.bytes += len(raw)
-            self.sha.update(raw)
+            block.append(text)
+            size += len(text)
+            if size >= _CHUNK:                              # short texts together: a call for each would cost more than the hash
+                yield from self._through(block)
+                block, size = [], 0
+        yield from self._through(block)
+    def _through(self, block):
+        try: raw = (joined := ''.join(block)).encode()
+        except UnicodeEncodeError: raw = (joined := ''.join(block := [_clean(t) for t in block])).encode()
+        self.docs += len(block); self.chars += len(joined); self.bytes += len(raw)
+        self.sha.update(raw)
+        for text in block:
             if len(text) < _CHUNK: yield text
             else:
                 for part in self.cut(text): yield from (_parts(part) if len(part) >= _LONG else (part,))

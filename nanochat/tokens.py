@@ -6,7 +6,7 @@
 __all__ = ['token_folder', 'read_token_manifest', 'tokenize_shards', 'verify_tokens', 'TextTokens', 'StoredTokens', 'open_tokens']
 
 # %% ../nbs/13b_tokens.ipynb #imports
-import bisect, itertools, os, shutil, zlib
+import bisect, itertools, os, zlib
 from pathlib import Path
 
 # %% ../nbs/13b_tokens.ipynb #imports-numpy
@@ -15,7 +15,7 @@ import numpy as np
 # %% ../nbs/13b_tokens.ipynb #imports-ours
 from fastcore.basics import patch
 from .common import UserError, progress, read_json, sha256_file, write_json
-from .dataset import Group, groups, read_group, read_manifest
+from .dataset import Group, _replacing, groups, read_group, read_manifest
 from .tokenizer import Tokenizer
 
 # %% ../nbs/13b_tokens.ipynb #token-folder
@@ -82,18 +82,14 @@ def tokenize_shards(
     "Tokenize a folder of text once: all of it, or nothing. A second call finds the work done."
     out, m = token_folder(folder, tok), read_manifest(folder)
     if out.exists() and not force: return read_token_manifest(folder, tok)
-    tmp, found = out.with_name(f'.{out.name}.{os.getpid()}.partial'), {}
+    found = {}
     for g in (g for split in m['splits'] for g in groups(folder, split)): found.setdefault(g.path.name, []).append(g)
-    shutil.rmtree(tmp, ignore_errors=True)
     try:
-        tmp.mkdir()
-        with progress(total=sum(s['docs'] for s in m['shards']), desc='tokenizing', unit='doc') as bar:
-            shards = [_write_tokens(tmp, s, found[s['name']], tok, bar) for s in m['shards']]
-        write_json(tmp/'manifest.json', dict(version=1, tokenizer=tok.hash, dtype=_id_type(tok).name, shards=shards))
-        if out.exists(): shutil.rmtree(out)
-        os.replace(tmp, out)
+        with _replacing(out) as tmp:
+            with progress(total=sum(s['docs'] for s in m['shards']), desc='tokenizing', unit='doc') as bar:
+                shards = [_write_tokens(tmp, s, found[s['name']], tok, bar) for s in m['shards']]
+            write_json(tmp/'manifest.json', dict(version=1, tokenizer=tok.hash, dtype=_id_type(tok).name, shards=shards))
     except OSError as e: raise UserError(f'cannot write {out} ({e.strerror or e}): free space, or look for another process that writes it') from e
-    finally: shutil.rmtree(tmp, ignore_errors=True)
     return read_token_manifest(folder, tok)
 
 # %% ../nbs/13b_tokens.ipynb #verify-tokens

@@ -1,8 +1,8 @@
 """Our tokenizer beside rustbpe and tiktoken used directly, in one process: `python tools/bench_tokenizer.py [files ...]`
 
-`tokenizer_rows(texts)` returns a row for each comparison: name, ours and direct in MB/s, and ratio, ours over direct. Each speed is
-the median of runs that take turns; on a shared machine single runs of the same work differ by a third, and the best of few
-runs by a tenth, so the ratio of a row is good to a few percent at most.
+`tokenizer_rows(texts)` returns a row for each comparison: name, ours and direct in MB/s (medians of runs that take turns), ratio, and its
+quartiles. The ratio is the median over pairs of neighbouring runs, ours over direct; on a shared machine single runs of the same work
+differ by a third.
 """
 import json, statistics, sys, time
 from pathlib import Path
@@ -23,7 +23,9 @@ def row(name, n_bytes, ours, direct, repeats):
     for i in range(repeats):
         for f in (ours, direct) if i % 2 else (direct, ours): times[f].append(clock(f))
     o, d = (n_bytes / 1e6 / statistics.median(times[f]) for f in (ours, direct))
-    return dict(name=name, ours=round(o, 2), direct=round(d, 2), ratio=round(o / d, 3))
+    ratios = sorted(b / a for a, b in zip(times[ours], times[direct]))
+    low, mid, high = (ratios[round(q * (len(ratios) - 1))] for q in (.25, .5, .75))
+    return dict(name=name, ours=round(o, 2), direct=round(d, 2), ratio=round(mid, 3), quartiles=f'{low:.2f}–{high:.2f}')
 
 def tokenizer_rows(
     texts, # documents, some MB together
