@@ -113,7 +113,6 @@ def test_the_true_map_is_accepted_and_the_colleagues_is_not(scope):
     torch.testing.assert_close(scope['with_maps'](model, ids, maps), own, atol=1e-4, rtol=1e-4)
     assert (scope['with_maps'](model, ids, scope['colleague'](model, ids)) - own).norm() > .1*own.norm()
 
-@pytest.mark.slow
 def test_the_second_layer_carries_the_answers(scope, small_run, monkeypatch):
     "Exercise 3 on the trained model: what its solution says"
     monkeypatch.setenv('NANOCHAT_BASE_DIR', str(small_run))
