@@ -60,4 +60,4 @@ def stop_after(n, step, folder, base):
 def test_a_mistake_ends_all_processes_with_one_sentence(micro):
     out = torchrun(2, 'base_train', *MICRO, '--batch-tokens', '1088', '--tag', 'odd', base=micro)         # 17 rows
     assert out.returncode != 0 and 'cannot be divided among 2 processes: pass --batch-tokens 1152' in out.stderr
-    assert 'Traceback' not in out.stderr.split('torch.distributed')[0]
+    assert 'nanochat/scaling.py' not in out.stderr                    # torchrun shows a traceback of its own; ours would name this file
