@@ -100,7 +100,7 @@ def _found(run_folder):
 def _write_files(folder, model, optimizer, state):
     "Write the files of a checkpoint and wait for the disk; name → bytes and hash"
     save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, folder/'model.safetensors')
-    if optimizer is not None: save_file(optimizer.tensors(), folder/'optim.safetensors')
+    if optimizer is not None: save_file(optimizer if isinstance(optimizer, dict) else optimizer.tensors(), folder/'optim.safetensors')
     (folder/'state.json').write_text(state)
     files = {}
     for path in sorted(folder.iterdir()):
@@ -136,7 +136,7 @@ def save_checkpoint(
     model, # with .cfg
     tok_hash:str, # hash of the tokenizer that made the training ids
     *, tokenizer:str='tiny', # its tag: `load_model` looks there
-    optimizer=None, # MuonAdamW; None saves weights only
+    optimizer=None, # MuonAdamW, or what its `tensors()` gave; None saves weights only
     state:dict={}, # all else that resuming needs: JSON values
     keep:int=2, # newest checkpoints that stay; 0 keeps all
 ) -> Path: # the new checkpoint's folder

@@ -11,7 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 # %% ../nbs/22_head.ipynb #imports-ours
-from .common import UserError
+from .common import UserError, all_sum
 
 # %% ../nbs/22_head.ipynb #chunk-loss
 def _chunk_loss(h, W, y, cap, V):
@@ -122,7 +122,7 @@ def token_logprobs(model, ids:torch.Tensor, targets:torch.Tensor) -> torch.Tenso
 # %% ../nbs/22_head.ipynb #bits-per-byte
 def bits_per_byte(
     model, # a GPT
-    batches, # of (inputs, targets), or (inputs, targets, docs, …)
+    batches, # of (inputs, targets), or (inputs, targets, docs, …); of several processes, those of this one
     token_bytes:torch.Tensor, # (V,) UTF-8 bytes of each id; 0: not text, not counted
 ) -> dict: # bpb, nats, bytes, tokens
     "Bits that the model needs for each byte of text: comparable between tokenizers."
@@ -138,5 +138,6 @@ def bits_per_byte(
                 nats += lm_loss(model, inputs, targets, 'sum', docs=more[0] if more else None).item()
                 n_bytes, n_tokens = n_bytes + int(sizes.sum()), n_tokens + int((sizes > 0).sum())
     finally: model.train(was_training)
+    nats, n_bytes, n_tokens = all_sum(nats, n_bytes, n_tokens)
     if n_bytes == 0: raise UserError('bits per byte: the batches hold no text to predict; give more validation data')
-    return dict(bpb=nats/math.log(2)/n_bytes, nats=nats, bytes=n_bytes, tokens=n_tokens)
+    return dict(bpb=nats/math.log(2)/n_bytes, nats=nats, bytes=int(n_bytes), tokens=int(n_tokens))

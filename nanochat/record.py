@@ -14,7 +14,7 @@ from pathlib import Path
 # %% ../nbs/33_record.ipynb #imports-project
 from fastcore.basics import patch
 
-from .common import UserError, atomic_write, differences, read_json, write_json
+from .common import UserError, atomic_write, differences, ranks, read_json, write_json
 
 # %% ../nbs/33_record.ipynb #plain
 _ODD = {'nan': math.nan, 'inf': math.inf, '-inf': -math.inf}
@@ -42,22 +42,26 @@ def _lines(path):
 
 # %% ../nbs/33_record.ipynb #run
 class Run:
-    "The record of one run in its folder: `config.json`, `metrics.jsonl`, and at the end `result.json`"
+    "The record of one run in its folder: `config.json`, `metrics.jsonl`, and at the end `result.json`. Of several processes the first one writes"
     def __init__(self,
         folder, # made if missing
         config:dict, # what was asked; JSON values
     ):
         self.folder, self.config, self._warned = Path(folder), config, False
-        self.metrics_path = self.folder/'metrics.jsonl'
+        self.metrics_path, self.writes = self.folder/'metrics.jsonl', ranks().rank == 0
+        if self.writes: self._open()
+
+    def _open(self):
         try: self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e: raise UserError(f'cannot make the run folder {self.folder}: {(e.strerror or str(e)).lower()}') from e
         (self.folder/'result.json').unlink(missing_ok=True)
-        write_json(self.folder/'config.json', config)
+        write_json(self.folder/'config.json', self.config)
         _, whole = _lines(self.metrics_path)
         if self.metrics_path.exists(): os.truncate(self.metrics_path, whole)
 
     def log(self, step:int, **metrics):
         "Append one line of measurements at a step. Never stops the run: an error of the disk is warned about once"
+        if not self.writes: return
         try: self._append(_line(step, metrics).encode())
         except OSError as e:
             if not self._warned: warnings.warn(f'cannot write {self.metrics_path} ({e.strerror or e}); training goes on without a record')
@@ -65,7 +69,7 @@ class Run:
 
     def finish(self, result:dict) -> dict:
         "Write `result.json`, whole or not at all; returns the result"
-        write_json(self.folder/'result.json', result)
+        if self.writes: write_json(self.folder/'result.json', result)
         return result
 
     def _append(self, line):
@@ -79,6 +83,7 @@ class Run:
 
     def truncate_after(self, step:int):
         "Drop the lines of later steps: a resumed run writes them again. The file is replaced whole"
+        if not self.writes: return
         records, _ = _lines(self.metrics_path)
         kept = [json.dumps(r) + '\n' for r in records if r['step'] <= step]
         atomic_write(self.metrics_path, ''.join(kept))
@@ -125,7 +130,10 @@ def finished(
 def lock(
     folder, # of a run; need not exist yet
 ):
-    "Keep other processes out of a run folder; UserError if one is in. Ends when the process does, even by kill -9"
+    "Keep others out of a run folder; UserError if one is in. Ends when the process does, even by kill -9. Of several processes the first holds it"
+    if ranks().rank:
+        yield
+        return
     folder = Path(folder).absolute()
     path = folder.with_name(f'.{folder.name}.lock')       # beside the folder: --force may delete what is in it
     path.parent.mkdir(parents=True, exist_ok=True)

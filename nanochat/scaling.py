@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOKENS_PER_PARAM', 'MIN_BATCH', 'MAX_BATCH', 'FORGETTING', 'MATRIX_LR', 'scaling_params', 'batch_for', 'decay_for',
-           'lr_multiplier', 'muon_momentum', 'Recipe', 'recipe', 'gpt_config', 'set_schedule', 'explain']
+           'lr_multiplier', 'muon_momentum', 'Recipe', 'recipe', 'gpt_config', 'share_of_rank', 'set_schedule',
+           'explain']
 
 # %% ../nbs/31_scaling.ipynb #imports
 import difflib, math
@@ -224,6 +225,21 @@ def gpt_config(
     return GPTConfig(vocab_size=r.vocab_size, n_layer=r.depth, n_head=r.n_head, n_kv_head=r.n_kv_head, head_dim=r.head_dim,
                      max_len=r.max_len, window_pattern=r.window_pattern, short_window=max(1, r.max_len//4), value_embeds=r.value_embeds,
                      layer_scales=r.layer_scales, smear=r.smear, backout=r.backout, mask_docs=r.mask_docs)
+
+# %% ../nbs/31_scaling.ipynb #share-of-rank
+def share_of_rank(
+    r:Recipe,
+    world_size:int, # processes
+) -> tuple[int, int]: # rows at a time, and how many times a step, of each process
+    "How one process of several does its part of a step. UserError if the rows cannot be divided"
+    if world_size == 1: return r.device_batch, r.grad_accum
+    rows = r.batch_tokens // r.max_len
+    if rows % world_size:
+        more = -(-rows // world_size) * world_size * r.max_len
+        raise UserError(f'a step of {rows} rows cannot be divided among {world_size} processes: pass --batch-tokens {more}, or use another number')
+    mine = rows // world_size
+    B = max(d for d in range(1, min(r.device_batch, mine) + 1) if mine % d == 0)
+    return B, mine // B
 
 # %% ../nbs/31_scaling.ipynb #set-schedule
 def set_schedule(

@@ -14,20 +14,20 @@ import torch
 
 # %% ../nbs/34_train.ipynb #imports-ours
 from .checkpoint import latest, load_checkpoint, rng_state, save_checkpoint, set_rng_state
-from .common import UserError, differences, progress, read_json, synchronize
+from .common import UserError, all_sum, differences, from_all, on_rank_0, progress, ranks, read_json, synchronize
 from .head import lm_loss
 from .precision import LossScaler
-from .scaling import set_schedule
+from .scaling import set_schedule, share_of_rank
 from .record import Run, finished
 
 # %% ../nbs/34_train.ipynb #train-step
 def train_step(
     model, optimizer,
-    batches:list, # the micro-batches of one step
+    batches:list, # the micro-batches of one step; of several processes, those of this one
     scaler:LossScaler|None=None, # for float16
 ) -> tuple[float, int, bool]: # mean loss per supervised token, their number, whether the weights moved
     "One optimizer step on the mean loss over all supervised tokens of `batches`, however they are cut."
-    total = sum(int((b.targets >= 0).sum()) for b in batches)
+    total = int(all_sum(sum(int((b.targets >= 0).sum()) for b in batches))[0])
     if not total: return 0., 0, False
     loss = 0.
     for b in batches:
@@ -39,7 +39,7 @@ def train_step(
     moved = optimizer.step()
     if scaler: scaler.update(moved)
     optimizer.zero_grad(set_to_none=True)
-    return loss, total, moved
+    return all_sum(loss)[0], total, moved
 
 # %% ../nbs/34_train.ipynb #interruptible
 @contextmanager
@@ -64,6 +64,16 @@ def leave(pending):
     raise KeyboardInterrupt
 
 # %% ../nbs/34_train.ipynb #start-run
+def _prepared(folder, config, force):
+    "The result if the run is finished, else None with a folder that may be used"
+    if force and folder.exists(): shutil.rmtree(folder)
+    result = finished(folder, config)
+    if result is None and (folder/'config.json').exists():
+        differ = differences(read_json(folder/'config.json'), config)
+        if differ: raise UserError(f"{folder} holds an interrupted run with other settings ({differ}): "
+                                   'go on with those, pass --force to replace it, or use another --tag')
+    return result
+
 def start_run(
     folder, # of the run
     config:dict, # everything that decides its outcome
@@ -71,26 +81,21 @@ def start_run(
 ) -> tuple: # (Run, None) to train, or (None, result) when the same run is finished
     "Open a run folder: new, interrupted with the same settings, or finished."
     folder = Path(folder)
-    if force and folder.exists(): shutil.rmtree(folder)
-    result = finished(folder, config)
-    if result is not None: return None, result
-    if (folder/'config.json').exists():
-        differ = differences(read_json(folder/'config.json'), config)
-        if differ: raise UserError(f"{folder} holds an interrupted run with other settings ({differ}): "
-                                   'go on with those, pass --force to replace it, or use another --tag')
-    return Run(folder, config), None
+    result = on_rank_0(lambda: _prepared(folder, config, force))             # one process looks, and tells the others
+    return (None, result) if result is not None else (Run(folder, config), None)
 
 # %% ../nbs/34_train.ipynb #snapshot
 CLOCK = ('step', 'seconds', 'tokens', 'skipped')
 
 def save_snapshot(run, step, model, optimizer, loader, tokenizer, clock, keep=2):
     "Checkpoint the state after `step` finished steps; `tokenizer` is `(tag, hash)`."
-    state = {'step': step, 'loader': loader.state_dict(), 'rng': rng_state(), **clock}
-    return save_checkpoint(run.folder, step, model, tokenizer[1], tokenizer=tokenizer[0], optimizer=optimizer, state=state, keep=keep)
+    state = {'step': step, 'loader': loader.state_dict(), 'rng': from_all(rng_state()), **clock}
+    whole = optimizer.tensors()                                              # several processes put it together
+    on_rank_0(lambda: str(save_checkpoint(run.folder, step, model, tokenizer[1], tokenizer=tokenizer[0], optimizer=whole, state=state, keep=keep)))
 
 def resume_snapshot(run, model, optimizer, loader, tokenizer) -> dict:
     "Load the newest good checkpoint of the run into everything; returns its state (`step` 0 when there is none)."
-    path = latest(run.folder)
+    path = on_rank_0(lambda: (path := latest(run.folder)) and str(path))
     if path is None: return dict.fromkeys(CLOCK, 0)
     saved = load_checkpoint(path, model.device, verified=True)                # latest has just read every byte
     if saved['manifest']['tokenizer_hash'] != tokenizer[1]:
@@ -99,7 +104,8 @@ def resume_snapshot(run, model, optimizer, loader, tokenizer) -> dict:
     optimizer.load_tensors(saved['optim'])
     state = saved['state']
     loader.load_state_dict(state['loader'])
-    set_rng_state(state['rng'])
+    rng = state['rng'] if isinstance(state['rng'], list) else [state['rng']]   # one process wrote no list until November 2026
+    set_rng_state(rng[ranks().rank % len(rng)])
     run.truncate_after(state['step'])
     return state
 
@@ -119,6 +125,7 @@ class Loop:
         self.model, self.optimizer, self.loader, self.recipe, self.run, self.tokenizer = model, optimizer, loader, recipe, run, tokenizer
         state = resume_snapshot(run, model, optimizer, loader, tokenizer)
         self.step, self.seconds, self.tokens, self.skipped = (state[k] for k in CLOCK)
+        self.micro_batches = share_of_rank(recipe, ranks().world_size)[1]
         self.in_a_row, self.recent = 0, state.get('recent', [])
         self.scaler = LossScaler() if model.dtype == torch.float16 else None
         if self.scaler and state.get('scaler'): self.scaler.load_state_dict(state['scaler'])
@@ -127,7 +134,7 @@ class Loop:
         "The next step; returns and records its metrics."
         t = time.perf_counter()
         rate = set_schedule(self.optimizer, self.recipe, self.step)['lr_multiplier']
-        loss, n, moved = train_step(self.model, self.optimizer, [next(self.loader) for _ in range(self.recipe.grad_accum)], self.scaler)
+        loss, n, moved = train_step(self.model, self.optimizer, [next(self.loader) for _ in range(self.micro_batches)], self.scaler)
         synchronize(self.model.device)
         took = time.perf_counter() - t
         self.in_a_row = 0 if moved else self.in_a_row + 1
@@ -171,8 +178,9 @@ def train(
             bar.update(1)
             if on_step: on_step(loop.step, metrics)
             due = lambda every: every and loop.step % every == 0 or loop.step == recipe.steps
-            if pending or due(save_every): loop.save()
-            if pending: leave(pending)
+            stop = any(all_sum(len(pending)))                                  # a signal to one process stops all
+            if stop or due(save_every): loop.save()
+            if stop: leave(pending or [signal.SIGTERM])
             if evaluate and due(eval_every) and loop.step < recipe.steps: run.log(loop.step, **evaluate(loop.step))
     if evaluate: run.log(loop.step, **(scores := evaluate(loop.step)))
     return {**loop.summary(), **scores}

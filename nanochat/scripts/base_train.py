@@ -12,8 +12,8 @@ import torch
 from fastcore.script import call_parse
 
 # %% ../../nbs/35_base_train.ipynb #imports-data
-from ..common import (UserError, as_command, environment, pick_device, print_result, run_dir, seed_everything,
-                             sha256_file, single_process)
+from ..common import (UserError, as_command, environment, join_ranks, pick_device, print_result, ranks, run_dir, seed_everything,
+                             sha256_file)
 from ..dataloader import PretrainLoader, val_batches
 from ..dataset import documents, read_manifest
 from ..prefetch import prefetch
@@ -23,10 +23,10 @@ from ..tokenizer import Tokenizer
 from ..gpt import GPT
 from ..head import bits_per_byte
 from ..kernels import kernels
-from ..optim import make_optimizer
 from ..precision import pick_precision, set_precision
 from ..record import lock
-from ..scaling import explain, gpt_config, recipe
+from ..scaling import explain, gpt_config, recipe, share_of_rank
+from ..sharded import make_sharded
 from ..train import start_run, train
 
 # %% ../../nbs/35_base_train.ipynb #theory-marks
@@ -52,7 +52,7 @@ def evaluator(model, source, tok, r, eval_tokens:int):
     sizes = torch.as_tensor(tok.token_bytes())
     def evaluate(step):
         n = eval_tokens * (10 if step >= r.steps else 1)
-        out = bits_per_byte(model, val_batches(source, tok, r.device_batch, r.max_len, n), sizes)
+        out = bits_per_byte(model, val_batches(source, tok, r.device_batch, r.max_len, n, rank=ranks().rank, world_size=ranks().world_size), sizes)
         return dict(val_bpb=out['bpb'], val_loss=out['nats'] / out['tokens'])
     return evaluate
 
@@ -63,13 +63,15 @@ def set_up(source, tok, r, seed, device, precision='fp32', kernel='auto'):
     model = GPT(gpt_config(r)).to(device)
     set_precision(model, precision)
     model.kernel = kernel
-    loader = PretrainLoader(source, 'train', tok, r.device_batch, r.max_len, seed=seed)
+    rank, _, world = ranks()
+    loader = PretrainLoader(source, 'train', tok, share_of_rank(r, world)[0], r.max_len, seed=seed, rank=rank, world_size=world)
     if device.type != 'cpu': loader = prefetch(loader, device)          # on a CPU a thread for it would take time from the model
-    return model, make_optimizer(model, r), loader
+    return model, make_sharded(model, r), loader
 
 def say_engines(model, precision) -> dict:
     "Print and return what computes: device, precision, attention kernel. On a GPU also why a better kernel is not in use."
-    used = dict(device=str(model.device), precision=precision, attention=model.kernel_name)
+    used = dict(device=str(model.device), processes=ranks().world_size, precision=precision, attention=model.kernel_name)
+    if ranks().rank: return used
     print(', '.join(f'{k} {v}' for k, v in used.items()))
     if model.device.type == 'cuda':
         for name, why in kernels(model.device, model.dtype).items():
@@ -93,16 +95,16 @@ def base_train(
     **overrides, # tokens, steps, tokens_per_param, device_batch, and every number of the Recipe
 ) -> dict: # the result, as it stands in result.json
     "Pretrain a model of `depth` layers on the train split of a data folder."
-    single_process('base_train')
     device, source, tok_tag = pick_device(device), run_dir('data', data), tokenizer or tag
     tok, manifest = Tokenizer.load(run_dir('tokenizer', tok_tag)), read_manifest(source)
     r, precision = recipe(depth, tok.n_vocab, max_len, **overrides), pick_precision(precision, device)
     config = dict(recipe=r.to_dict(), data=data, data_sha256=sha256_file(source/'manifest.json'), tokenizer=tok.hash,
                   eval_tokens=eval_tokens, seed=seed, precision=precision)
-    with lock(folder := run_dir('base', tag)):
+    first = ranks().rank == 0
+    with join_ranks(device), lock(folder := run_dir('base', tag)):
         run, result = start_run(folder, config, force)
-        if result: print(f'already finished: base {tag}'); return result
-        print(explain(r))
+        if first: print(f'already finished: base {tag}' if result else explain(r))
+        if result: return result
         model, optimizer, loader = set_up(source, tok, r, seed, device, precision, attention)
         engines = say_engines(model, precision)
         stats = train(model, optimizer, loader, r, run, (tok_tag, tok.hash), evaluator(model, source, tok, r, eval_tokens),

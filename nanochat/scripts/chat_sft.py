@@ -14,16 +14,16 @@ from fastcore.script import call_parse
 
 # %% ../../nbs/60_chat_sft.ipynb #imports-ours
 from ..checkpoint import load_model
-from ..common import (UserError, as_command, environment, pick_device, print_result, read_json, run_dir,
-                             seed_everything, single_process)
+from ..common import (UserError, as_command, environment, join_ranks, pick_device, print_result, ranks, read_json, run_dir,
+                             seed_everything)
 from ..conversation import check_conversation, render_all
 from ..dataloader import ChatLoader
 from ..head import lm_loss
-from ..optim import make_optimizer
 from ..precision import pick_precision, set_precision
 from ..record import lock
-from ..scaling import Recipe
+from ..scaling import Recipe, share_of_rank
 from .base_train import say_engines
+from ..sharded import make_sharded
 from ..tinyworld import conversations
 from ..train import start_run, train
 
@@ -86,21 +86,22 @@ def chat_sft(
     precision:str='auto', attention:str='auto', force:bool=False, on_step=None,
 ) -> dict: # the result, as it stands in result.json
     "Fine-tune the base model of `tag` on conversations."
-    single_process('chat_sft')
-    with lock(folder := run_dir('sft', tag)):
-        model, tok, tok_tag, base, base_hash = start_from(tag, pick_device(device))
+    device, (rank, _, world) = pick_device(device), ranks()
+    with join_ranks(device), lock(folder := run_dir('sft', tag)):
+        model, tok, tok_tag, base, base_hash = start_from(tag, device)
         set_precision(model, precision := pick_precision(precision, model.device))
         model.kernel = attention
         (chats, fitted), (held_out, _) = (render_all(tok, part, base.max_len + 1) for part in gather(data, n, seed))
         r = sft_recipe(base, sum(len(c.ids) for c in chats), epochs, lr_scale, batch_tokens)
         config = dict(recipe=r.to_dict(), data=data, n=n, conversations=len(chats), base=base_hash, tokenizer=tok.hash, seed=seed, precision=precision)
         run, result = start_run(folder, config, force)
-        if result: print(f'already finished: sft {tag}'); return result
+        if result and rank == 0: print(f'already finished: sft {tag}')
+        if result: return result
         engines = say_engines(model, precision)
         seed_everything(seed)
-        loader = ChatLoader(chats, tok, r.device_batch, r.max_len, seed=seed)
+        loader = ChatLoader(chats, tok, share_of_rank(r, world)[0], r.max_len, seed=seed, rank=rank, world_size=world)
         evaluate = lambda step: dict(val_loss=chat_loss(model, held_out, tok, r.device_batch, r.max_len))
-        stats = train(model, make_optimizer(model, r), loader, r, run, (tok_tag, tok.hash), evaluate, eval_every, save_every, on_step)
+        stats = train(model, make_sharded(model, r), loader, r, run, (tok_tag, tok.hash), evaluate, eval_every, save_every, on_step)
         return run.finish(dict(stage='sft', tag=tag, data=data, conversations=len(chats), **engines, **stats, fitted=fitted,
                                left_out=loader.left_out, ledger=loader.ledger, environment=environment()))
 

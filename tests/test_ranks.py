@@ -1,0 +1,63 @@
+"Several processes make the run that one makes: the scripts under torchrun, over gloo, and back to one process"
+import json, os, signal, subprocess, sys, time
+import pytest
+from conftest import MICRO, ROOT, result, script
+from nanochat.record import read_metrics, series
+
+RUN = [*MICRO, '--batch-tokens', '1152', '--eval-every', '20', '--save-every', '10', '--seed', '3']        # 18 rows: 1, 2 and 3 processes
+
+def torchrun(n, name, *args, base, **kw):
+    "Start a script on n processes; the finished process"
+    env = {**os.environ, 'NANOCHAT_BASE_DIR': str(base), 'OMP_NUM_THREADS': '1', 'NANOCHAT_COMMAND': '1'}
+    start = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={n}', '-m', f'nanochat.scripts.{name}', *map(str, args)]
+    return subprocess.run(start, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, **kw)
+
+def losses(base, tag): return series(read_metrics(base/'base'/tag), 'loss')[1]
+
+@pytest.fixture(scope='module')
+def alone(micro):
+    out = script('base_train', *RUN, '--tag', 'alone', base=micro)
+    assert out.returncode == 0, out.stderr
+    return result(out)
+
+@pytest.mark.parametrize('n', [2, 3])
+def test_processes_make_the_run_of_one(micro, alone, n):
+    out = torchrun(n, 'base_train', *RUN, '--tag', f'ranks{n}', base=micro)
+    assert out.returncode == 0, out.stderr
+    many = result(out)
+    assert out.stdout.count('depth of') <= 1 and out.stdout.count('{"stage"') == 1                       # one of them speaks
+    assert many['processes'] == n and many['tokens'] == alone['tokens'] and many['ledger'] == alone['ledger']
+    assert abs(many['val_bpb'] / alone['val_bpb'] - 1) < 2e-3
+    a, b = losses(micro, 'alone'), losses(micro, f'ranks{n}')
+    assert len(a) == len(b) and max(abs(x / y - 1) for x, y in zip(a[:5], b)) < 1e-4 and max(abs(x / y - 1) for x, y in zip(a, b)) < 2e-2
+
+def test_a_run_goes_on_with_another_number_of_processes(micro, alone):
+    "Two processes are stopped by SIGTERM, three go on and are stopped, one finishes"
+    folder = micro/'base'/'elastic'
+    for n, at in ((2, 12), (3, 24)):
+        stop_after(n, at, folder, micro)
+    out = script('base_train', *RUN, '--tag', 'elastic', base=micro)
+    assert out.returncode == 0, out.stderr
+    assert abs(result(out)['val_bpb'] / alone['val_bpb'] - 1) < 2e-3
+    records = [json.loads(line) for line in (folder/'metrics.jsonl').read_text().splitlines()]
+    steps = [r['step'] for r in records if 'loss' in r]
+    assert steps == list(range(1, 41))                                                                   # every step once
+
+def stop_after(n, step, folder, base):
+    "Start n processes and send SIGTERM to torchrun once `step` is in the record"
+    env = {**os.environ, 'NANOCHAT_BASE_DIR': str(base), 'OMP_NUM_THREADS': '1', 'NANOCHAT_COMMAND': '1'}
+    p = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={n}', '-m', 'nanochat.scripts.base_train',
+                          *RUN, '--tag', 'elastic'], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    end = time.time() + 120
+    while time.time() < end and p.poll() is None:
+        if (folder/'metrics.jsonl').exists() and f'"step": {step}' in (folder/'metrics.jsonl').read_text(): break
+        time.sleep(.02)
+    p.send_signal(signal.SIGTERM)
+    out, _ = p.communicate(timeout=120)
+    assert p.returncode != 0, out
+    assert (folder/'checkpoints').is_dir(), out
+
+def test_a_mistake_ends_all_processes_with_one_sentence(micro):
+    out = torchrun(2, 'base_train', *MICRO, '--batch-tokens', '1088', '--tag', 'odd', base=micro)         # 17 rows
+    assert out.returncode != 0 and 'cannot be divided among 2 processes: pass --batch-tokens 1152' in out.stderr
+    assert 'nanochat/scaling.py' not in out.stderr                    # torchrun shows a traceback of its own; ours would name this file
