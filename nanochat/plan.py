@@ -29,6 +29,11 @@ def meta_model(
     "The model itself, built without memory: for counting"
     with torch.device('meta'): return GPT(cfg)
 
+def _model(cfg): return _built(tuple(cfg.to_dict().items()))
+
+@functools.lru_cache(maxsize=32)
+def _built(items): return meta_model(GPTConfig(**dict(items)))
+
 # %% ../nbs/31b_plan.ipynb #count-params
 _KINDS = [('token embedding', r'wte\.'), ('value embeddings', r'value_embeds\.'), ('head', r'lm_head\.'),
           ('attention', r'blocks\.\d+\.attn\.c_'), ('MLP', r'blocks\.\d+\.mlp\.'), ('gates and factors', r'')]
@@ -40,7 +45,7 @@ def count_params(
 ) -> dict[str, int]: # kind → parameters, and `total`
     "Parameters by kind, counted on the model itself"
     counts = dict.fromkeys([kind for kind, _ in _KINDS], 0)
-    for name, p in meta_model(cfg).named_parameters(): counts[_kind(name)] += p.numel()
+    for name, p in _model(cfg).named_parameters(): counts[_kind(name)] += p.numel()
     return {**counts, 'total': sum(counts.values())}
 
 # %% ../nbs/31b_plan.ipynb #layer-keeps
@@ -122,13 +127,8 @@ def update_bytes(
 
 def _shapes(cfg):
     "Parameter name → (role, shape)"
-    return _shapes_of(tuple(cfg.to_dict().items()))
-
-@functools.lru_cache(maxsize=8)
-def _shapes_of(items):
-    model = meta_model(GPTConfig(**dict(items)))
-    roles = param_roles(model)
-    return {name: (roles[name], tuple(p.shape)) for name, p in model.named_parameters()}
+    roles = param_roles(_model(cfg))
+    return {name: (roles[name], tuple(p.shape)) for name, p in _model(cfg).named_parameters()}
 
 # %% ../nbs/31b_plan.ipynb #head-bytes
 def _head_bytes(cfg, n, a, cuda, chunk=512):
@@ -145,17 +145,20 @@ def _way_down(cfg, kept, shapes, all_grads, u):
     mlp, done = 4*4*cfg.n_embd**2, 4*cfg.padded_vocab*cfg.n_embd
     worst = sum(kept), all_grads or done, 5*u                       # the last norm
     for i in reversed(range(cfg.n_layer)):
-        here = sum(kept[:i + 2]), all_grads or done, 5*u + max(u, mlp)
+        waits = (cfg.backout and i > cfg.n_layer//2) + (cfg.layer_scales and i < cfg.n_layer - 1)     # gradients of the middle and of x0
+        here = sum(kept[:i + 2]), all_grads or done, (5 + waits)*u + max(u, mlp)
         worst, done = max(worst, here, key=sum), done + of_layer[i]
     return worst
 
-# %% ../nbs/31b_plan.ipynb #moments
-PARTS = ('weights', 'optimizer', 'gradients', 'casts', 'activations', 'head', 'temporaries', 'inputs')
+# %% ../nbs/31b_plan.ipynb #small-sizes
 _CAST = {'fp32': 0, 'bf16': 2, 'fp16': 2, 'fp8': 1, 'fp8_blocks': 1, 'nvfp4': 2}     # bytes of a copy of a matrix weight
-_ROUND = {'fp8': 8, 'nvfp4': 40}                                    # working bytes for each number that is rounded: float32 twice; float64
+_ROUND = {'fp8': 8, 'fp8_blocks': 12, 'nvfp4': 40}                  # working bytes for a number that is rounded: float32 twice, thrice; float64
 _TILE = {'fp8': 16, 'fp8_blocks': 128, 'nvfp4': 16}                 # sizes that are no multiples of it are multiplied as bf16
 
 def _real(precision, *sizes): return 'bf16' if any(n % _TILE.get(precision, 1) for n in sizes) else precision
+
+# %% ../nbs/31b_plan.ipynb #moments
+PARTS = ('weights', 'optimizer', 'gradients', 'casts', 'activations', 'head', 'temporaries', 'inputs')
 
 def moments(
     cfg:GPTConfig,
@@ -300,6 +303,7 @@ def matmul_rate(
         best = min(best, clock() - start)
     return 2*n**3 / best / 1e12
 
+# %% ../nbs/31b_plan.ipynb #this-device
 def this_device(
     name:str='auto', # as for `pick_device`
 ) -> Device:
@@ -320,6 +324,7 @@ PRICES = {'NVIDIA GeForce RTX 3090': 0.22, 'NVIDIA GeForce RTX 4090': 0.34, 'NVI
 
 # %% ../nbs/31b_plan.ipynb #data-need
 BYTES_PER_TOKEN = 4.5
+
 class Shards(NamedTuple):
     "A dataset that is fetched in shards"
     count:int            # training shards that there are
@@ -328,6 +333,7 @@ class Shards(NamedTuple):
 
 SHARDS = {'climbmix': Shards(6542), 'fineweb-edu': Shards(1822)}
 
+# %% ../nbs/31b_plan.ipynb #data-need-fn
 def data_need(
     data:str, # name of a dataset or of a folder that was prepared
     tokens:float, # of the run
@@ -345,7 +351,7 @@ def data_need(
     return dict(text_bytes=need, shards=None, download_bytes=0, epochs=need/have)
 
 # %% ../nbs/31b_plan.ipynb #seconds
-EFFICIENCY = {'cuda': 0.4, 'cpu': 0.6}     # share of the peak, where nothing was measured
+EFFICIENCY = 0.4     # share of the peak, where nothing was measured
 
 def rate_of(
     device:Device,
@@ -360,10 +366,10 @@ def step_seconds(
     device:Device,
     precision:str='fp32',
     gpus:int=1,
-    efficiency:float|None=None, # None: as in `EFFICIENCY`
+    efficiency:float|None=None, # None: `EFFICIENCY`
 ) -> float|None: # None: the rate is not known
     "Seconds of one step by counting operations"
-    model, share = meta_model(cfg), efficiency or EFFICIENCY['cuda' if device.cuda else 'cpu']
+    model, share = _model(cfg), efficiency or EFFICIENCY
     matrices, rate = 6*model.num_params()['matrix'], rate_of(device, precision)
     fast = device.fp8 if precision in ('fp8', 'fp8_blocks') else None if precision == 'nvfp4' else rate
     if not rate or not fast: return None
@@ -392,6 +398,7 @@ def probe(
     peak = torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else None
     return dict(seconds_per_step=r.grad_accum*micro + update, micro_seconds=micro, update_seconds=update, steps=steps, peak_bytes=peak)
 
+# %% ../nbs/31b_plan.ipynb #timed-step
 def _timed_step(model, optimizer, r, step, clock):
     "(seconds of a micro-batch, seconds of the update)"
     ids = torch.randint(0, r.vocab_size, (r.device_batch, r.max_len + 1))
@@ -434,13 +441,21 @@ def _micro_batch(cfg, r, rows, device, precision, wanted):
 # %% ../nbs/31b_plan.ipynb #plan-parts
 def _counts(cfg, r):
     return dict(depth=r.depth, width=r.n_embd, max_len=r.max_len, vocab_size=r.vocab_size, parameters=count_params(cfg),
-                flops_per_token=meta_model(cfg).flops_per_token(), tokens=r.tokens, batch_tokens=r.batch_tokens, steps=r.steps)
+                flops_per_token=_model(cfg).flops_per_token(), tokens=r.tokens, batch_tokens=r.batch_tokens, steps=r.steps)
 
-def _money(r, device, gpus, seconds, price):
+def _place(cfg, device, gpus, precision, device_batch, accum, fit):
+    needs = memory(cfg, device_batch, precision=precision, cuda=device.cuda, accum=accum)
+    return dict(device=device.name, device_source=device.source, gpus=gpus, precision=precision, device_batch=device_batch, grad_accum=accum,
+                memory=needs, rows_that_fit=fit, fits=None if not device.gb else needs['total'] <= ROOM*device.gb*2**30)
+
+# %% ../nbs/31b_plan.ipynb #plan-cost
+def _cost(cfg, r, device, gpus, precision, price, share, measured):
+    share = None if measured else share or EFFICIENCY
+    seconds = measured['seconds_per_step'] if measured else step_seconds(cfg, r.batch_tokens, device, precision, gpus, share)
     price, source = (price, 'as given') if price is not None else (PRICES.get(device.name), PRICE_SOURCE)
-    if seconds is None: return dict(seconds_per_step=None, hours=None, price_per_hour=price, price_source=source, dollars=None)
-    hours = r.steps*seconds/3600
-    return dict(seconds_per_step=seconds, hours=hours, price_per_hour=price, price_source=source, dollars=None if price is None else hours*gpus*price)
+    hours = None if seconds is None else r.steps*seconds/3600
+    return dict(seconds_per_step=seconds, seconds_are='measured' if measured else 'counted' if seconds else 'unknown', measured=measured, efficiency=share,
+                hours=hours, price_per_hour=price, price_source=source, dollars=None if None in (hours, price) else hours*gpus*price)
 
 # %% ../nbs/31b_plan.ipynb #commands
 _FLAGS = ('tokens', 'steps', 'batch_tokens', 'matrix_lr', 'embedding_lr')      # numbers of a recipe that base_train takes
@@ -456,6 +471,7 @@ def _commands(r, data, gpus, precision, tag, shards, wishes):
     train = f'{start}.base_train --depth {r.depth} --data {data} --tag {tag} --max-len {r.max_len} {flags} --device-batch {r.device_batch} --precision {precision}'
     return [*fetch, *prepare, f'{python}.tok_train --data {data} --tag {tag} --vocab-size {r.vocab_size}', ' '.join(train.split())]
 
+# %% ../nbs/31b_plan.ipynb #notes
 def _notes(device, gpus, data, asked, text, wishes):
     "What a reader should know beside the numbers"
     odd = [k for k in wishes if k not in (*_FLAGS, 'tokens_per_param')]
@@ -465,6 +481,13 @@ def _notes(device, gpus, data, asked, text, wishes):
              f'there is no folder {data} yet: prepare it before': text['epochs'] is None and data != 'tinyworld',
              f'base_train has no flag for {", ".join(odd)}: call it from Python': odd}
     return [note for note, holds in notes.items() if holds]
+
+# %% ../nbs/31b_plan.ipynb #possible
+def _possible(**numbers):
+    "One sentence for a number that cannot be"
+    for name, n in numbers.items():
+        least, most = {'gpus': (1, 10**6), 'device_batch': (1, 10**6), 'efficiency': (0.001, 1), 'price': (0, 10**6)}.get(name, (0.1, 100))
+        if n is not None and not least <= n <= most: raise UserError(f'--{name.replace("_", "-")} must lie between {least} and {most:,}, and is {n}')
 
 # %% ../nbs/31b_plan.ipynb #plan
 def plan(
@@ -477,27 +500,22 @@ def plan(
     vocab_size:int=32_768,
     *, device_batch:int|None=None, # rows at a time; None: the most that fit
     price:float|None=None, # dollars for a GPU and an hour; None: as in `PRICES`
-    efficiency:float|None=None, # share of the peak; None: as in `EFFICIENCY`
+    efficiency:float|None=None, # share of the peak; None: `EFFICIENCY`
     bytes_per_token:float=BYTES_PER_TOKEN,
     measured:dict|None=None, # from `probe`: its time counts, and no assumption
     tag:str|None=None, # name of the run; None: d and the depth
     **overrides, # tokens, steps or tokens_per_param, and every number of the Recipe
 ) -> dict: # plain values
     "What a run needs and costs"
-    if gpus < 1: raise UserError(f'--gpus must be at least 1, and is {gpus}')
+    _possible(gpus=gpus, device_batch=device_batch, efficiency=efficiency, bytes_per_token=bytes_per_token, price=price)
     wishes = {k: v for k, v in overrides.items() if v is not None}
     asked, precision, r = precision, _precision(precision, device), recipe(depth, vocab_size, max_len, **wishes)
     cfg, rows = gpt_config(r), _rows_of(r, gpus)
     device_batch, fit = _micro_batch(cfg, r, rows, device, precision, device_batch)
     r, accum = recipe(depth, vocab_size, max_len, device_batch=device_batch, **wishes), rows//device_batch
-    needs = memory(cfg, device_batch, precision=precision, cuda=device.cuda, accum=accum)
-    seconds = measured['seconds_per_step'] if measured else step_seconds(cfg, r.batch_tokens, device, precision, gpus, efficiency)
     text = data_need(data, r.tokens, bytes_per_token)
-    return {**_counts(cfg, r), **_money(r, device, gpus, seconds, price), 'data': data, **text,
-            'device': device.name, 'device_source': device.source, 'gpus': gpus, 'precision': precision, 'device_batch': device_batch, 'grad_accum': accum,
-            'memory': needs, 'rows_that_fit': fit, 'fits': None if not device.gb else needs['total'] <= ROOM*device.gb*2**30,
-            'seconds_are': 'measured' if measured else 'counted' if seconds else 'unknown',
-            'efficiency': None if measured or not seconds else efficiency or EFFICIENCY['cuda' if device.cuda else 'cpu'], 'measured': measured,
+    return {**_counts(cfg, r), **_place(cfg, device, gpus, precision, device_batch, accum, fit),
+            **_cost(cfg, r, device, gpus, precision, price, efficiency, measured), 'data': data, **text,
             'notes': _notes(device, gpus, data, asked, text, wishes), 'commands': _commands(r, data, gpus, precision, tag or f'd{depth}', text['shards'], wishes)}
 
 # %% ../nbs/31b_plan.ipynb #describe

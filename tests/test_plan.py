@@ -89,8 +89,8 @@ def test_step_seconds_are_flops_over_rate():
 # --- memory
 
 CASES = [(config(2, 512, 128), 1, 1), (config(2, 512, 128), 16, 1), (config(2, 4096, 64, **ADDITIONS), 4, 2), (config(2, 1000, 256, **ADDITIONS), 8, 1),
-         (config(4, 300, 64), 2, 1), (config(4, 2000, 128, **ADDITIONS), 4, 1), (config(3, 500, 320, window_pattern='SL', short_window=64), 3, 1),
-         (config(4, 500, 64, n_kv_head=2), 8, 2), (config(1, 60, 64, **ADDITIONS), 64, 1)]
+         (config(4, 300, 64), 2, 1), (config(4, 2000, 64, **ADDITIONS), 4, 1), (config(3, 500, 320, window_pattern='SL', short_window=64), 3, 1),
+         (config(4, 500, 32, n_kv_head=2), 8, 2), (config(1, 60, 64, **ADDITIONS), 64, 1)]
 
 @pytest.mark.parametrize('cfg, rows, accum', CASES)
 def test_memory_is_what_torch_allocates(cfg, rows, accum):
@@ -240,7 +240,9 @@ def test_plan_agrees_with_itself():
 
 def test_plan_refuses_with_a_sentence():
     h100 = find_device('h100')
-    for wrong, why in ((dict(gpus=0), 'at least 1'), (dict(gpus=3), 'does not divide'), (dict(device_batch=3), 'does not divide'), (dict(tokens=5, steps=5), 'Give one')):
+    for wrong, why in ((dict(gpus=0), '--gpus must lie'), (dict(gpus=3), 'does not divide'), (dict(device_batch=3), 'does not divide'), (dict(tokens=5, steps=5), 'Give one'),
+                       (dict(efficiency=40.), '--efficiency'), (dict(efficiency=0.), '--efficiency'), (dict(price=-1.), '--price'), (dict(bytes_per_token=0.), '--bytes-per-token'),
+                       (dict(device_batch=0), '--device-batch'), (dict(depht=3), 'did you mean depth')):
         with pytest.raises(UserError, match=why): plan(**{**dict(depth=4, device=h100), **wrong})
 
 def test_data_need(tmp_path, monkeypatch):
