@@ -190,9 +190,10 @@ class Loop:
 
     def _bad(self, loss, batches):
         "Write the batch of a step that was left out, then do what the policy says"
+        check_alive(loss, self.in_a_row, self.step)
+        if self.scaler and loss <= spike_limit(self.recent): return                # float16: the loss scale was too large, and is smaller now
         path = self.run.folder/'bad'/f'step-{self.step:06d}-rank{ranks().rank}.json'
         write_json(path, dict(step=self.step, loss=loss, inputs=[b.inputs for b in batches], targets=[b.targets for b in batches]))
-        check_alive(loss, self.in_a_row, self.step)
         if self.on_bad == 'skip': return
         what = f'step {self.step} was left out: loss {loss:.4g}, limit {spike_limit(self.recent):.4g}; its batch is in {path}'
         if self.on_bad == 'stop' or self.rollbacks == 3: raise UserError(f'{what}. Look at it, then go on with --on-bad skip or rollback')

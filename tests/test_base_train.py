@@ -1,0 +1,80 @@
+"What base_train says, refuses and records, beside training itself"
+import json, shutil
+import pytest, torch
+from conftest import MICRO, result, script
+from nanochat.dataloader import Batch
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import make_optimizer
+from nanochat.precision import set_precision
+from nanochat.record import Run
+from nanochat.scaling import recipe
+from nanochat.train import Loop, cut
+
+def test_a_dry_run_plans_and_writes_nothing(micro):
+    out = script('base_train', *MICRO, '--tag', 'dry', '--dry-run', base=micro)
+    assert out.returncode == 0, out.stderr
+    p = result(out)
+    assert p['steps'] == 40 and p['fits'] and 'memory' in out.stdout and not (micro/'base'/'dry').exists()
+
+def test_a_dry_run_finds_damaged_data(micro, tmp_path):
+    shutil.copytree(micro, tmp_path/'base')
+    shard = next((tmp_path/'base'/'data'/'micro').glob('*.parquet'))
+    data = bytearray(shard.read_bytes()); data[len(data)//2] ^= 1; shard.write_bytes(data)
+    out = script('base_train', *MICRO, '--tag', 'dry', '--dry-run', base=tmp_path/'base')
+    assert out.returncode == 1 and shard.name in out.stderr and 'damaged' in out.stderr
+
+@pytest.mark.parametrize('flags, says', [(['--precision', 'bf16'], '--precision bf16 is not native on cpu: choose auto or one of fp32'),
+    (['--attention', 'varlen'], 'needs a CUDA device'), (['--on-bad', 'pray'], '--on-bad pray is none of skip, stop, rollback')])
+def test_what_this_machine_cannot_do_is_said(micro, flags, says):
+    out = script('base_train', *MICRO, '--tag', 'odd', '--device', 'cpu', *flags, base=micro)
+    assert out.returncode == 1 and says in out.stderr and 'Traceback' not in out.stderr
+
+def test_the_result_says_what_computed(micro):
+    out = result(script('base_train', *MICRO, '--tag', 'said', base=micro))
+    assert (out['precision'], out['attention'], out['processes'], out['device']) == ('fp32', 'slices', 1, 'cpu')
+    lines = [json.loads(line) for line in (micro/'base'/'said'/'metrics.jsonl').read_text().splitlines()]
+    assert all(0 < r['mfu'] < 2 for r in lines if 'loss' in r)
+
+class Counting:
+    "Rows that count upwards; knows where it is"
+    n = 0
+    def __next__(self):
+        self.n += 1
+        ids = (torch.randint(50, (4, 1), generator=torch.Generator().manual_seed(self.n)) + torch.arange(17)) % 50
+        return Batch(ids[:, :-1], ids[:, 1:].clone(), torch.zeros(4, 16, dtype=torch.long))
+    def state_dict(self): return {'n': self.n}
+    def load_state_dict(self, d): self.n = d['n']
+
+def loop(folder, precision):
+    r = recipe(1, 64, max_len=64, steps=12)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=64, n_layer=1, n_head=2, n_kv_head=2, head_dim=16, max_len=64))
+    set_precision(model, precision)
+    return Loop(model, make_optimizer(model, r), Counting(), r, Run(folder, {}), ('toy', 'hash'))
+
+def test_float16_goes_on_with_the_same_scale_and_the_same_weights(tmp_path):
+    straight = loop(tmp_path/'a', 'fp16')
+    straight.scaler.scale = 2.**32                                         # far too large: the first steps overflow, and it settles
+    for _ in range(12): straight.one_step()
+    first = loop(tmp_path/'b', 'fp16')
+    first.scaler.scale = 2.**32
+    for _ in range(5): first.one_step()
+    assert first.scaler.scale < 2.**32
+    first.save()
+    again = loop(tmp_path/'b', 'fp16')
+    assert again.step == 5 and again.scaler.state_dict() == first.scaler.state_dict()
+    for _ in range(7): again.one_step()
+    assert again.scaler.state_dict() == straight.scaler.state_dict()
+    assert all(torch.equal(p, q) for p, q in zip(straight.model.parameters(), again.model.parameters()))
+
+@pytest.mark.parametrize('pieces', [1, 2, 3, 4, 9])
+def test_cut_keeps_every_row(pieces):
+    batches = [next(Counting()), next(Counting())]
+    rows = lambda bs: sorted(r.tolist() for b in bs for r in torch.cat([b.inputs, b.targets, b.docs], 1))
+    assert rows(cut(batches, pieces)) == rows(batches) and len(cut(batches, pieces)) == 2*min(pieces, 4)
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which('g++') is None, reason='compiling on a CPU needs g++')
+def test_compiled_blocks_train_as_eager_ones(micro):
+    eager, fast = (result(script('base_train', *MICRO, '--tag', f'c{len(flag)}', *flag, base=micro)) for flag in ([], ['--compiled']))
+    assert abs(fast['val_bpb'] / eager['val_bpb'] - 1) < 1e-2
