@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'ROOM', 'DEVICES', 'SHORT', 'PRICE_SOURCE', 'PRICES', 'BYTES_PER_TOKEN', 'SHARDS', 'EFFICIENCY', 'meta_model',
-           'count_params', 'layer_keeps', 'window_keeps', 'activations', 'update_bytes', 'moments', 'memory',
-           'rows_that_fit', 'Device', 'find_device', 'near_names', 'matmul_rate', 'this_device', 'Shards', 'data_need',
-           'rate_of', 'step_seconds', 'probe', 'plan', 'describe']
+           'count_params', 'layer_keeps', 'window_keeps', 'activations', 'update_bytes', 'sharded_bytes', 'moments',
+           'memory', 'rows_that_fit', 'Device', 'find_device', 'near_names', 'matmul_rate', 'this_device', 'Shards',
+           'data_need', 'rate_of', 'step_seconds', 'probe', 'plan', 'describe']
 
 # %% ../nbs/31b_plan.ipynb #imports
 import difflib, functools, math, os, re, time
@@ -130,6 +130,30 @@ def _shapes(cfg):
     roles = param_roles(_model(cfg))
     return {name: (roles[name], tuple(p.shape)) for name, p in _model(cfg).named_parameters()}
 
+# %% ../nbs/31b_plan.ipynb #sharded-bytes
+def _parts(shapes):
+    "(matrices on a stack, shape of one) and, for each other tensor, (its numbers, None), in the order of the optimizer"
+    by_role = {}
+    for role, shape in shapes.values(): by_role.setdefault(role, []).append(shape)
+    for role, some in by_role.items():
+        if role == 'matrix': yield from ((k, shape) for shape, k in Counter(some).items())
+        else: yield from ((math.prod(shape), None) for shape in some)
+
+def sharded_bytes(
+    shapes:dict, # parameter name → (role, shape)
+    world:int, # processes
+    cuda:bool=False,
+) -> tuple[int, int, int]: # of the means; of gradients and of working memory at the worst of both phases
+    "What one process of several holds during an update of `ShardedMuonAdamW`"
+    means = own = gathered = largest = work = 0
+    for n, shape in _parts(shapes):
+        share, each = -(-n//world), 4*math.prod(shape or (1,))                           # bytes of a matrix, or of a number
+        means, own, largest = means + share*each*(1 if shape else 2), own + share*each, max(largest, share*world*each)
+        busy = update_bytes({str(i): ('matrix', shape) for i in range(share)}, cuda) - 2*share*each if shape else 2*share*each
+        work, gathered = max(work, gathered + n*each + busy), gathered + share*world*each
+    gloo = 0 if cuda else 2*gathered
+    return means, *max((gathered, largest + own), (own, max(work, gathered + own) + gloo), key=sum)
+
 # %% ../nbs/31b_plan.ipynb #head-bytes
 def _head_bytes(cfg, n, a, cuda, chunk=512):
     "What the head adds to the activations of n tokens: its two gradients, and beside them the work on one chunk"
@@ -167,6 +191,7 @@ def moments(
     *, accum:int=1, # micro-batches of a step
     precision:str='fp32',
     cuda:bool=False, # on a GPU
+    world:int=1, # processes that share the optimizer's work
 ) -> dict[str, dict[str, int]]: # moment → part → bytes
     "What is in memory at the four places where a training step can need most"
     T, shapes, C = T or cfg.max_len, _shapes(cfg), cfg.n_embd
@@ -176,19 +201,20 @@ def moments(
     gates = sum(math.prod(s) for role, s in shapes.values() if role == 'scalar' and len(s) == 2)
     before, casts = 4*total if accum > 1 else 0, _CAST[precision]*matrix + (a*gates if a < 4 else 0)     # gradients of earlier micro-batches
     down, grads, work = _way_down(cfg, kept, shapes, before, norm*n*C)
-    always = dict(weights=4*total, optimizer=4*(2*total - matrix), inputs=25*n*accum + 4*cfg.max_len*cfg.head_dim)
+    means, own, update = (4*(2*total - matrix), 4*total, update_bytes(shapes, cuda)) if world == 1 else sharded_bytes(shapes, world, cuda)
+    always = dict(weights=4*total, optimizer=means, inputs=25*n*accum + 4*cfg.max_len*cfg.head_dim)
     def at(**parts): return {p: {**always, **parts}.get(p, 0) for p in PARTS}
     return {'forward': at(gradients=before, casts=casts, activations=sum(kept[:-1]), temporaries=4*a*n*C + rounding),
             'head': at(gradients=before, casts=casts, activations=sum(kept), head=_head_bytes(cfg, n, a, cuda)),
             'backward': at(gradients=grads, casts=casts, activations=down, temporaries=work + rounding),
-            'update': at(gradients=4*total, temporaries=update_bytes(shapes, cuda))}
+            'update': at(gradients=own, temporaries=update)}
 
 # %% ../nbs/31b_plan.ipynb #memory
 def memory(
     cfg:GPTConfig,
     rows:int, # of a micro-batch
     T:int|None=None, # their length; None: max_len
-    **how, # accum, precision, cuda, as for `moments`
+    **how, # accum, precision, cuda, world, as for `moments`
 ) -> dict: # bytes of each part at the worst moment, their `total`, and which `moment` it is
     "The most memory that a training step holds at one time, and what it consists of"
     every = {moment: dict(parts, total=sum(parts.values())) for moment, parts in moments(cfg, rows, T, **how).items()}
@@ -202,7 +228,7 @@ def rows_that_fit(
     cfg:GPTConfig,
     memory_bytes:float, # of the device
     most:int=1024, # more rows are not looked at
-    **how, # accum, precision, cuda, as for `moments`
+    **how, # accum, precision, cuda, world, as for `moments`
 ) -> int: # 0: not even one row fits
     "The largest micro-batch whose step stays within `ROOM` of the memory"
     def fits(rows): return memory(cfg, rows, **how)['total'] <= ROOM*memory_bytes
@@ -430,11 +456,11 @@ def _rows_of(r, gpus):
     if rows % gpus: raise UserError(f'--gpus {gpus} does not divide the {rows} rows of a step: pass --batch-tokens {-(-rows//gpus)*gpus*r.max_len}')
     return rows // gpus
 
-def _micro_batch(cfg, r, rows, device, precision, wanted):
+def _micro_batch(cfg, r, rows, device, gpus, precision, wanted):
     "(rows at a time, rows that would fit or None); without a wish the largest divisor that fits"
     if wanted and rows % wanted: raise UserError(f'--device-batch {wanted} does not divide the {rows} rows of a step and a GPU')
     if not device.gb: return wanted or math.gcd(rows, r.device_batch), None
-    fit = rows_that_fit(cfg, device.gb*2**30, rows, precision=precision, cuda=device.cuda, accum=2)
+    fit = rows_that_fit(cfg, device.gb*2**30, rows, precision=precision, cuda=device.cuda, accum=2, world=gpus)
     most = fit if device.cuda else min(fit, r.device_batch)                            # on a CPU more rows bring nothing
     return wanted or max((d for d in range(1, rows + 1) if rows % d == 0 and d <= most), default=1), fit
 
@@ -444,7 +470,7 @@ def _counts(cfg, r):
                 flops_per_token=_model(cfg).flops_per_token(), tokens=r.tokens, batch_tokens=r.batch_tokens, steps=r.steps)
 
 def _place(cfg, device, gpus, precision, device_batch, accum, fit):
-    needs = memory(cfg, device_batch, precision=precision, cuda=device.cuda, accum=accum)
+    needs = memory(cfg, device_batch, precision=precision, cuda=device.cuda, accum=accum, world=gpus)
     return dict(device=device.name, device_source=device.source, gpus=gpus, precision=precision, device_batch=device_batch, grad_accum=accum,
                 memory=needs, rows_that_fit=fit, fits=None if not device.gb else needs['total'] <= ROOM*device.gb*2**30)
 
@@ -475,7 +501,7 @@ def _commands(r, data, gpus, precision, tag, shards, wishes):
 def _notes(device, gpus, data, asked, text, wishes):
     "What a reader should know beside the numbers"
     odd = [k for k in wishes if k not in (*_FLAGS, 'tokens_per_param')]
-    notes = {f'base_train runs in one process so far and refuses torchrun: the time for {gpus} GPUs is a floor for later': gpus > 1,
+    notes = {f'the time for {gpus} GPUs leaves out what they say to each other': gpus > 1,
              f'{device.name} has no bf16: --precision fp16 multiplies {(device.fp16 or 0)/(device.fp32 or 1):.0f} times as fast as fp32': asked == 'auto' and device.fp16 and not device.bf16,
              f'the text of {data} is read {text["epochs"] or 0:.1f} times': (text['epochs'] or 0) > 1.05,
              f'there is no folder {data} yet: prepare it before': text['epochs'] is None and data != 'tinyworld',
@@ -511,7 +537,7 @@ def plan(
     wishes = {k: v for k, v in overrides.items() if v is not None}
     asked, precision, r = precision, _precision(precision, device), recipe(depth, vocab_size, max_len, **wishes)
     cfg, rows = gpt_config(r), _rows_of(r, gpus)
-    device_batch, fit = _micro_batch(cfg, r, rows, device, precision, device_batch)
+    device_batch, fit = _micro_batch(cfg, r, rows, device, gpus, precision, device_batch)
     r, accum = recipe(depth, vocab_size, max_len, device_batch=device_batch, **wishes), rows//device_batch
     text = data_need(data, r.tokens, bytes_per_token)
     return {**_counts(cfg, r), **_place(cfg, device, gpus, precision, device_batch, accum, fit),
@@ -548,7 +574,7 @@ def describe(
              f"device   {p['gpus']} × {p['device']} ({p['device_source']}), {p['precision']}",
              f"memory   {_gib(m['total'])} at the worst moment, {m['moment']}, with {p['device_batch']} rows at a time ({room})",
              *(f'         {part:20}{_gib(m[part])}' for part in PARTS if m[part])]
-    fetch = f", {p['shards']} shards of {p['data']} to fetch, about {p['download_bytes']/1e9:.1f} GB" if p['shards'] else ''
+    fetch = f", {p['shards']} shard{'s' if p['shards'] > 1 else ''} of {p['data']} to fetch, about {p['download_bytes']/1e9:.1f} GB" if p['shards'] else ''
     again = f", read {p['epochs']:.2f} times" if p['epochs'] and p['epochs'] != 1 else ''
     return '\n'.join([*lines, f'text     {text/1e9:.2f} GB{fetch}{again}', *_when(p), *(f'note     {n}' for n in p['notes']), 'run it',
                       *(f'         {c}' for c in p['commands'])])

@@ -11,19 +11,19 @@ import torch, torch.distributed as dist, torch.nn.functional as F
 
 # %% ../nbs/30a_sharded.ipynb #imports-project
 from .common import UserError, all_sum, joined, ranks
-from .optim import MuonAdamW, adamw_step, cautious_decay, make_optimizer, muon_update
+from .optim import MuonAdamW, adamw_step, clip_scale, make_optimizer, migrated, muon_state, muon_step
 
 # %% ../nbs/30a_sharded.ipynb #part
 class Part:
     "What is reduced, updated and gathered together: Muon's matrices of one shape, or one tensor as a row of numbers"
-    def __init__(self, which, names, params, muon, rank, world):
+    def __init__(self, which, names, params, muon, rank, world, neuron_beta=0.):
         self.which, self.names, self.params, self.muon, self.steps = which, names, params, muon, 0
         self.n = len(params) if muon else params[0].numel()                  # matrices, or numbers
         self.share = -(-self.n // world)                                     # of each process; beyond n there is padding
         self.start, self.padded = rank*self.share, world*self.share
-        shape = (self.share, *params[0].shape) if muon else (self.share,)
-        keys = ('momentum',) if muon else ('exp_avg', 'exp_avg_sq')
-        self.state = {k: torch.zeros(shape, device=params[0].device) for k in keys}
+        device = params[0].device
+        if muon: self.state = muon_state(self.share, params[0].shape, dict(neuron_beta=neuron_beta), device)
+        else: self.state = {k: torch.zeros(self.share, device=device) for k in ('exp_avg', 'exp_avg_sq')}
 
     def whole(self, tensors) -> torch.Tensor:
         "Tensors like the parameters → (padded, ...) float32"
@@ -54,10 +54,10 @@ def _gather(own, padded):
 # %% ../nbs/30a_sharded.ipynb #sharded-class
 class ShardedMuonAdamW(torch.optim.Optimizer):
     "`MuonAdamW` over all processes: gradients are summed, each process keeps and updates its share, all get the new weights"
-    def __init__(self, groups:list): # as for MuonAdamW
-        MuonAdamW(groups)                                                        # its checks, and what a group holds
-        self.parts, self.skipped, self.grad_norm = [], 0, float('nan')
-        super().__init__(groups, dict(MuonAdamW([dict(params=[('x', torch.nn.Parameter(torch.zeros(1)))])]).defaults))
+    def __init__(self, groups:list, clip:float=0.): # as for MuonAdamW
+        like = MuonAdamW(groups, clip)                                           # its checks, and what a group holds
+        self.parts, self.skipped, self.grad_norm, self.clip = [], 0, float('nan'), clip
+        super().__init__(groups, dict(like.defaults))
         for which, group in enumerate(self.param_groups):
             for key in ('lr', 'weight_decay'): group.setdefault('initial_' + key, group[key])
             self._divide(which, group, ranks().rank, ranks().world_size)
@@ -66,7 +66,7 @@ class ShardedMuonAdamW(torch.optim.Optimizer):
         named, shapes = list(zip(group['param_names'], group['params'])), {}
         for name, p in named: shapes.setdefault(p.shape if group['kind'] == 'muon' else name, []).append((name, p))
         for some in shapes.values():
-            self.parts.append(Part(which, *map(list, zip(*some)), group['kind'] == 'muon', rank, world))
+            self.parts.append(Part(which, *map(list, zip(*some)), group['kind'] == 'muon', rank, world, group['neuron_beta']))
 
     @torch.no_grad()
     def step(self) -> bool:
@@ -78,7 +78,8 @@ class ShardedMuonAdamW(torch.optim.Optimizer):
         if not math.isfinite(self.grad_norm):
             self.skipped += 1
             return False
-        gathers = [_gather(self._updated(part, grad), part.padded) for part, (_, grad) in zip(self.parts, sums)]
+        scale = clip_scale(self.grad_norm, self.clip)
+        gathers = [_gather(self._updated(part, grad.mul_(scale) if scale < 1 else grad), part.padded) for part, (_, grad) in zip(self.parts, sums)]
         for part, (work, whole) in zip(self.parts, gathers):
             work.wait()
             for p, new in zip(part.params, part.each(whole)): p.copy_(new)
@@ -99,9 +100,11 @@ class ShardedMuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def load_tensors(self, tensors:dict):
         "Take this process's share of a whole state. UserError, with nothing changed, if it is not this optimizer's"
-        shapes = {f'{n}.{k}': p.shape for part in self.parts for n, p in zip(part.names, part.params) for k in part.state}
-        shapes |= {f'{part.names[0]}.step': torch.Size() for part in self.parts if not part.muon}
-        for name in sorted(shapes.keys() ^ tensors.keys()) + [n for n in shapes if n in tensors and shapes[n] != tensors[n].shape]:
+        own = {f'{n}.{k}': own[0] if part.muon else p for part in self.parts for n, p in zip(part.names, part.params)
+               for k, own in part.state.items()}
+        own |= {f'{part.names[0]}.step': torch.zeros(()) for part in self.parts if not part.muon}
+        tensors = migrated(own, tensors)
+        for name in sorted(own.keys() ^ tensors.keys()) + [n for n in own if n in tensors and own[n].shape != tensors[n].shape]:
             raise UserError(f'Optimizer tensor {name} does not fit: was the checkpoint made with another model or optimizer?')
         for part in self.parts:
             for key, own in part.state.items(): own.copy_(part.mine(part.whole([tensors[f'{n}.{key}'] for n in part.names])))
@@ -122,10 +125,7 @@ def _updated(self:ShardedMuonAdamW, part, grad):
     "New weights of this process's share, (share, ...)"
     group, w = self.param_groups[part.which], part.mine(part.whole([p.detach() for p in part.params]))
     part.steps += 1
-    if part.muon:
-        update = muon_update(grad, part.state['momentum'], group['momentum'])
-        if group['weight_decay']: update = update + group['weight_decay'] * cautious_decay(w, update)
-        return w - group['lr'] * update
+    if part.muon: return muon_step(w, grad, part.state, group)
     adamw_step(w, grad, part.state['exp_avg'], part.state['exp_avg_sq'], part.steps, group['lr'], group['betas'], group['eps'],
                group['weight_decay'])
     return w
@@ -140,4 +140,4 @@ def make_sharded(
     if not joined(): return alone
     keep = ('params', 'param_names')
     return ShardedMuonAdamW([dict(params=list(zip(g['param_names'], g['params'])), **{k: v for k, v in g.items() if k not in keep})
-                             for g in alone.param_groups])
+                             for g in alone.param_groups], alone.clip)

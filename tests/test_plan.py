@@ -20,6 +20,7 @@ from nanochat.scaling import gpt_config, recipe, scaling_params, set_schedule
 from nanochat.train import train_step
 from conftest import ROOT, result, script
 
+gpu = lambda f: pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')(f))
 ADDITIONS = dict(value_embeds=True, layer_scales=True, smear=True, backout=True)
 
 @pytest.fixture(autouse=True)
@@ -121,6 +122,34 @@ def test_activations_are_what_autograd_keeps(depth, rows, T, value, scales, smea
     head, angles = a*rows*T*cfg.n_embd + 4*cfg.padded_vocab*cfg.n_embd, T*cfg.head_dim*4
     casts = moments(cfg, rows, precision=precision)['head']['casts']
     assert sum(activations(cfg, rows, precision=precision)) + casts + head + angles == sum(s.nbytes() for s in storages.values())
+
+@gpu
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_memory_on_a_gpu(precision):
+    "The peak that CUDA's allocator reports; large enough that the workspaces of libraries do not count"
+    cfg, rows = config(8, 8192, 1024, **ADDITIONS), 8
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model = GPT(cfg).cuda()
+    set_precision(model, precision)
+    optimizer = make_optimizer(model, recipe(cfg.n_layer, cfg.vocab_size, cfg.max_len))
+    for _ in range(2):
+        ids = torch.randint(0, cfg.vocab_size, (rows, cfg.max_len + 1), device='cuda')
+        train_step(model, optimizer, [Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.zeros_like(ids[:, 1:]))])
+    got, want = torch.cuda.max_memory_allocated() - before, memory(cfg, rows, precision=precision, cuda=True)
+    print(f'{precision}: {want["total"]/2**20:.0f} MiB predicted at {want["moment"]}, {got/2**20:.0f} measured, ratio {want["total"]/got:.3f}, kernel {model.kernel_name}')
+    assert want['total'] == pytest.approx(got, rel=0.1)
+
+@gpu
+def test_a_probe_on_a_gpu():
+    "Twenty steps, then more: within a tenth; and the chip's name is in the table, or said to be unknown"
+    r = recipe(8, 8192, max_len=1024, batch_tokens=16*1024, device_batch=16, steps=200)
+    said, took = (probe(r, 'cuda', 'bf16', steps=n, warm=w)['seconds_per_step'] for n, w in ((20, 5), (60, 20)))
+    device = P.this_device('cuda')
+    counted = step_seconds(gpt_config(r), r.batch_tokens, device, 'bf16', efficiency=1)
+    print(f'{device.name}: probe over later steps {said/took:.3f}, share of the peak {counted/took if counted else math.nan:.1%}')
+    assert said == pytest.approx(took, rel=0.1)
 
 def test_memory_grows_with_everything():
     cfg = config(4, 1000, 256, **ADDITIONS)
@@ -278,10 +307,43 @@ def test_the_other_commands_parse():
     assert not anno_parser(tok_train.main).parse_known_args(tok[3:])[1]
     assert train[:5] == ['torchrun', '--standalone', '--nproc-per-node', '8', '-m']
 
-def test_many_processes_are_still_to_come():
-    "When base_train learns them, the note of the plan must go"
-    assert "single_process('base_train')" in (ROOT/'nanochat/scripts/base_train.py').read_text(encoding='utf-8')
-    assert any('one process' in n for n in plan(12, find_device('h100'), 8)['notes']) and not plan(12, find_device('h100'))['notes']
+def test_several_processes():
+    "Each holds its share of the optimizer, and the rows of a step are shared as training shares them"
+    from nanochat.scaling import share_of_rank
+    one, eight = plan(12, find_device('h100'), device_batch=16), plan(12, find_device('h100'), 8, device_batch=16)
+    assert eight['memory']['optimizer'] < one['memory']['optimizer']/7 and eight['hours'] == pytest.approx(one['hours']/8)
+    r = recipe(12, 32_768, 2048, device_batch=eight['device_batch'])
+    assert share_of_rank(r, 8) == (eight['device_batch'], eight['grad_accum'])
+
+RANK = """
+import sys, torch
+sys.path.insert(0, 'tests')                                     # before the repository, which has a conftest of its own
+from test_plan import *
+from nanochat.common import join_ranks
+from nanochat.sharded import make_sharded
+torch.set_num_threads(1)
+def steps():
+    torch.manual_seed(0)
+    model = GPT(cfg)
+    optimizer = make_sharded(model, recipe(cfg.n_layer, cfg.vocab_size, cfg.max_len))
+    for _ in range(2):
+        ids = torch.randint(0, cfg.vocab_size, (rows, cfg.max_len + 1))
+        train_step(model, optimizer, [Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.zeros_like(ids[:, 1:]))])
+with join_ranks('cpu'):
+    for cfg, rows in ((config(4, 300, 64), 2), (config(2, 1000, 256, **ADDITIONS), 8), (config(2, 8000, 64, **ADDITIONS), 1)):
+        got, want = allocated(steps), memory(cfg, rows, world=2)
+        print(want['moment'], want['total'], got, want['total']/got, flush=True)
+        assert abs(want['total']/got - 1) < (0.1 if want['moment'] == 'head' else 0.2)      # when gloo lets go of its copies depends on its threads
+"""
+
+@pytest.mark.slow
+def test_memory_of_several_processes(tmp_path):
+    import os, subprocess, sys
+    (tmp_path/'rank.py').write_text(RANK)
+    r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', tmp_path/'rank.py'], cwd=ROOT,
+                       capture_output=True, text=True, timeout=300, env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'})
+    print(r.stdout)
+    assert r.returncode == 0, r.stderr[-3000:]
 
 def test_command_line(tmp_path):
     r = script('plan', '--depth', 12, '--device', 'NVIDIA L40S', '--tokens-per-param', 2, '--price', 1, base=tmp_path)
@@ -289,11 +351,22 @@ def test_command_line(tmp_path):
     p = result(r)
     assert p['device'] == 'NVIDIA L40S' and p['dollars'] == pytest.approx(p['hours']) and p['commands'][-1] in r.stdout
     assert not list(tmp_path.iterdir())                                                       # a plan writes nothing
-    r = script('plan', '--device', 'h100', '--probe', base=tmp_path)
-    assert r.returncode == 1 and r.stderr.startswith('error: --probe measures this machine') and r.stderr.count('\n') == 1
 
-def test_probe_on_the_command_line(tmp_path):
-    r = script('plan', '--depth', 1, '--device', 'cpu', '--vocab-size', 512, '--max-len', 64, '--data', 'tinyworld', '--steps', 100, '--probe', base=tmp_path)
-    assert r.returncode == 0, r.stderr
-    p = result(r)
+def test_errors_of_the_command(monkeypatch, capsys):
+    from nanochat.scripts.plan import main
+    monkeypatch.setenv('NANOCHAT_COMMAND', '1')
+    for wrong in (dict(depth=0), dict(device='h100', probe=True), dict(device='a100', precision='fp8'), dict(device='cpu', vocab_size=0)):
+        with pytest.raises(SystemExit) as e: main(**wrong)
+        said = capsys.readouterr().err
+        assert e.value.code == 1 and said.startswith('error: ') and said.count('\n') == 1, said
+
+def test_the_command_measures(capsys):
+    from nanochat.scripts.plan import main
+    p = main(depth=1, device='cpu', vocab_size=512, max_len=64, data='tinyworld', steps=100, probe=True)
     assert p['seconds_are'] == 'measured' and p['hours'] == pytest.approx(p['steps']*p['measured']['seconds_per_step']/3600)
+    assert p['measured']['steps'] == 20 and json.loads(capsys.readouterr().out.splitlines()[-1])['hours'] == p['hours']
+
+def test_an_unknown_name_gets_names_that_look_like_it(capsys):
+    from nanochat.scripts.plan import choose_device
+    assert choose_device('NVIDIA A4000') == Device('NVIDIA A4000')
+    assert 'did you mean' in (said := capsys.readouterr().out) and 'NVIDIA RTX A4000' in said

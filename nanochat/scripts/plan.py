@@ -34,7 +34,8 @@ def run_plan(
     "Make the plan, with a probe where that is asked for; print it as a page"
     single_process('plan')
     chip = choose_device(device)
-    max_len, vocab_size = max_len or (2048 if chip.cuda else 512), vocab_size or vocab_for_depth(depth)
+    if max_len is None: max_len = 2048 if chip.cuda else 512
+    if vocab_size is None: vocab_size = vocab_for_depth(depth)
     make = lambda **more: plan(depth, chip, gpus, data, precision, max_len, vocab_size, **wishes, **more)
     p = make()
     if with_probe: p = make(measured=_probe(p, device, wishes))
