@@ -61,3 +61,11 @@ def test_a_mistake_ends_all_processes_with_one_sentence(micro):
     out = torchrun(2, 'base_train', *MICRO, '--batch-tokens', '1088', '--tag', 'odd', base=micro)         # 17 rows
     assert out.returncode != 0 and 'cannot be divided among 2 processes: pass --batch-tokens 1152' in out.stderr
     assert 'nanochat/scaling.py' not in out.stderr                    # torchrun shows a traceback of its own; ours would name this file
+
+def test_bits_per_byte_do_not_depend_on_the_number_of_processes(micro, alone):
+    args = ['--tag', 'alone', '--tokens', 100_000, '--samples', 1, '--begin', 'The capital of']
+    one, two = script('base_eval', *args, base=micro), torchrun(2, 'base_eval', *args, base=micro)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    one, two = result(one), result(two)
+    assert abs(one['bpb'] / alone['val_bpb'] - 1) < 1e-6 and abs(two['bpb'] / one['bpb'] - 1) < 1e-6
+    assert (one['tokens'], one['bytes']) == (two['tokens'], two['bytes']) and [s['begin'] for s in one['samples']] == ['The capital of', '']
