@@ -28,7 +28,7 @@ done
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" NANOCHAT_GPU_CHECK_DEVICE="$device" PYTHONDONTWRITEBYTECODE=1
 lacks() { ! "$PYTHON" -c "import $1" >/dev/null 2>&1; }
 missing=""
-for module in numpy pyarrow tiktoken safetensors tqdm fastcore pytest; do
+for module in numpy pyarrow tiktoken safetensors tqdm fastcore pytest sortedcontainers hypothesis; do
     lacks "$module" || continue
     wheel="$(ls "$wheels/$module"-*-none-any.whl 2>/dev/null | tail -n 1 || true)"
     if [ -n "$wheel" ]; then PYTHONPATH="$PYTHONPATH:$(realpath "$wheel")"; fi
