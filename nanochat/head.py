@@ -44,7 +44,9 @@ def _all_chunks(hidden, weight, y, cap, V, chunk, want=(False, False), scale=Non
         if any(want):
             p = _chunk_gradient(t, e, total, y[s], None if scale is None else scale[s]).to(hidden.dtype)
             if dh is not None: dh[s] = p @ W
-            if dW is not None: dW += p.T @ hidden[s]
+            if dW is not None:                                                # in place where the types allow it: no second (V, C)
+                if p.dtype == acc: torch.addmm(dW, p.T, hidden[s], out=dW)
+                else: dW += p.T @ hidden[s]
         t = e = p = None                                                    # free them before the next chunk
     return losses, dh, dW if dW is None else dW.to(weight.dtype)
 

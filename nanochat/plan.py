@@ -160,7 +160,8 @@ def _head_bytes(cfg, n, a, cuda, chunk=512):
     C, Vp, k = cfg.n_embd, cfg.padded_vocab, min(n, chunk)
     small = a*(k*Vp + Vp*C) if a < 4 else 0                         # gradient of the chunk and weight, in the small type
     wide = 4*Vp*C if a < 4 and not cuda else 0                      # a CPU adds in float32 only after a copy
-    return a*n*C + 4*Vp*C + a*n*C + 2*4*k*Vp + max(a*C*k, a*C*Vp + wide) + small
+    product = a*C*Vp + wide if a < 4 else 0                         # float32 adds the product to the gradient in place
+    return a*n*C + 4*Vp*C + a*n*C + 2*4*k*Vp + max(a*C*k, product) + small
 
 # %% ../nbs/31b_plan.ipynb #way-down
 def _way_down(cfg, kept, shapes, all_grads, u):

@@ -57,7 +57,7 @@ def quantize(
         tiles = _tiles(x, block)
         amax = tiles.abs().amax((1, 3)).float()
         grow = lambda s: s.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-    scale = torch.where(amax > 0, amax / f.max, 1.)               # a tensor of zeros has no size
+    scale = torch.where(amax > 0, amax / torch.full_like(amax, f.max), 1.)     # by a tensor: CUDA turns a number into its reciprocal
     return (x.float() / grow(scale)).clamp(-f.max, f.max).to(f.dtype), scale
 
 def _tiles(x, block):
