@@ -140,6 +140,9 @@ def adamw_step(p, grad, exp_avg, exp_avg_sq, t, lr, betas=(0.8, 0.95), eps=1e-10
     bias1, bias2 = 1 - betas[0]**t, 1 - betas[1]**t              # both means start at 0: undo that
     p.addcdiv_(exp_avg, (exp_avg_sq.sqrt() / math.sqrt(bias2)).add_(eps), value=-lr / bias1)
 
+# %% ../nbs/30_optim.ipynb #imports-patch
+from fastcore.basics import patch
+
 # %% ../nbs/30_optim.ipynb #muon-adamw
 MUON_OPTIONS = dict(equilibrate=False, neuron_beta=0., cautious=True)          # of a Muon group; what is off is off by measurement
 
@@ -194,9 +197,6 @@ class MuonAdamW(torch.optim.Optimizer):
         for i, w in zip(have, weights): params[i].copy_(w)
         if state is not buffers:
             for k, b in buffers.items(): b[have] = state[k]          # an index made a copy
-
-# %% ../nbs/30_optim.ipynb #imports-patch
-from fastcore.basics import patch
 
 # %% ../nbs/30_optim.ipynb #muon-adamw-init
 def muon_state(K:int, shape:tuple, group:dict, device=None) -> dict: # name -> (K, ...) float32 zeros

@@ -1,0 +1,100 @@
+"The graders of lesson 05: solutions pass, what is handed out does not, likely mistakes are named; and what the lesson claims holds for any gradient"
+import math, random, re
+import nbformat, pytest, torch
+from test_lessons import ROOT, exercises
+from nanochat.optim import cautious_decay, polar_coefficients, polar_express
+
+PATH = ROOT/'lessons/05_muon.ipynb'
+LESSON = exercises(PATH)
+CELLS = {c['id']: c.source for c in nbformat.read(PATH, 4).cells}
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+def scope(): return dict(math=math, random=random, torch=torch, polar_express=polar_express, polar_coefficients=polar_coefficients)
+
+def verdict(number, code):
+    "What the grader of an exercise says about `code`"
+    s = scope()
+    *lines, last = LESSON[number]['grader'].splitlines()
+    exec('\n'.join([CELLS.get(f'exercise-{number}-spec', ''), LESSON[number].get('given', ''), code, *lines]), s)
+    return eval(last, s)
+
+def solution(number): return re.search(r'```python\n(.*?)```', LESSON[number]['hints'], re.S)[1]
+
+@pytest.mark.parametrize('number', [1, 2, 3])
+def test_the_solution_is_right_and_what_is_handed_out_is_not(number):
+    assert verdict(number, LESSON[number]['yours']) != 'right'
+    assert verdict(number, solution(number)) == 'right'
+
+POLY, STEP, BEST = 'def polynomial(X, a, b, c): ', 'def decayed_step(W, update, lr, decay): ', 'def best_step(G, ruler):\n    '
+REST = "if ruler == 'length': return G / G.norm()\n    if ruler == 'entry': return G.sign()\n    "
+MISTAKES = [
+    (1, POLY + 'pass', 'returns nothing'),
+    (1, POLY + 'return a * X + b * X**3 + c * X**5', 'products are those of matrices'),
+    (1, POLY + 'return a * X + b * X @ X.mT @ X', 'the last term is missing'),
+    (1, POLY + 'return a * X + (b + c) * X @ X.mT @ X', 'XXᵀ twice'),
+    (1, POLY + 'A = X @ X.mT; return a * X + (b * A + c * A * A) @ X', 'entry by entry'),
+    (1, POLY + 'A = X @ X.mT; return (b * A + c * A @ A) @ X', 'first term'),
+    (1, POLY + 'A = X.mT @ X; return a * X + (b * A + c * A @ A) @ X', 'XXᵀX, and not XᵀXX'),
+    (1, POLY + 'return X.mT', 'shape'),
+    (1, POLY + 'return -X', 'it should be'),
+    (2, STEP + 'pass', 'returns nothing'),
+    (2, LESSON[2]['yours'], 'two things'),
+    (2, solution(2).replace('> 0', '< 0'), 'makes the weight larger'),
+    (2, solution(2).replace('lr * decay', 'decay'), 'by too much'),
+    (2, STEP + 'return W - lr * update - lr * decay * W', 'all weights are decayed'),
+    (2, STEP + 'return W - lr * update', 'nothing is decayed'),
+    (2, solution(2).replace('- lr * decay', '+ lr * decay'), 'away from zero'),
+    (2, STEP + 'return W.sub_(lr * update)', 'have changed'),
+    (2, STEP + 'return W', 'it should be'),
+    (3, BEST + 'pass', 'returns nothing'),
+    (3, BEST + 'return G', 'size'),
+    (3, BEST + 'return -G / G.norm()', 'goes up'),
+    (3, BEST + 'return G.mT', 'shape'),
+    (3, BEST + 'return 0.5 * G / G.norm()', 'a larger one'),
+    (3, BEST + "return G / size(G, ruler)", 'step of another ruler'),
+    (3, BEST + REST + 'return G.sign() / size(G.sign(), ruler)', 'step of another ruler'),
+    (3, BEST + 'X = torch.randn(G.shape, generator=torch.Generator().manual_seed(1), dtype=G.dtype) + 1e-3 * G; X = X * (G * X).sum().sign(); return X / size(X, ruler)', 'random steps'),
+]
+
+@pytest.mark.parametrize('number, code, words', MISTAKES)
+def test_mistakes_are_named(number, code, words):
+    assert words in verdict(number, code)
+
+def test_the_spec_of_the_decay_is_that_of_the_package():
+    s = scope()
+    exec(CELLS['exercise-2-spec'], s)
+    W, u = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(s['slow_step'](W, u, .1, .5), W - .1 * (u + .5 * cautious_decay(W, u)))
+
+def test_the_cosine_follows_from_the_singular_values():
+    "sum of the singular values over their length times the root of their number, as the lesson computes it"
+    for seed in range(5):
+        G = torch.randn(12, 30, generator=torch.Generator().manual_seed(seed)) * torch.logspace(0, -1, 30)
+        s, O = torch.linalg.svdvals(G), polar_express(G, 10)
+        assert ((G * O).sum() / (G.norm() * O.norm())).item() == pytest.approx((s.sum() / (s.norm() * math.sqrt(12))).item(), abs=1e-3)
+
+def test_the_bug_needs_two_matrices_of_different_size():
+    s = scope()
+    exec(CELLS['bug-code'], s)
+    G = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
+    for K, sizes, found in ((1, [1.], False), (3, [1., 1., 1.], False), (3, [1., 1e-4, 1.], True)):
+        some = G[:K] * torch.tensor(sizes)[:, None, None]
+        ratio = s['stacked_polar'](some).norm(dim=(1, 2)) / polar_express(some).norm(dim=(1, 2))
+        assert ((ratio - 1).abs().max() > .5) == found, sizes
+
+def test_headers_carry_their_cost_and_quiz_options_their_reason():
+    text = [c.source for c in nbformat.read(PATH, 4).cells if c.cell_type == 'markdown']
+    headers = re.findall(r'^## (.+)$', '\n'.join(text), re.M)
+    assert all(re.search(r'\(\d+ min', h) for h in headers if h not in ('Exercises', 'Quiz', 'Open questions')), headers
+    quiz = next(t for t in text if t.startswith('## Quiz'))
+    questions = re.split(r'^\*\*\d+\. ', quiz, flags=re.M)[1:]
+    assert len(questions) >= 4
+    for q in questions:
+        reasons = re.findall(r'</summary>(.+?)</details>', q)
+        assert len(reasons) == q.count('<summary>') >= 2 and sum(r.startswith('Yes') for r in reasons) == 1, q
