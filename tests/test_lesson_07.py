@@ -11,7 +11,7 @@ CELLS = {c['id']: c.source for c in nbformat.read(LESSON, 4).cells}
 def scope():
     "What the exercises find in the notebook: its imports, its loop, a checkpoint at step 30 and the records of the resumed runs"
     threads, scope = torch.get_num_threads(), {}
-    for name in ('setup', 'forget-data', 'forget-loop', 'forget-save', 'forget-run', 'exercise-1-disk', 'exercise-1-worlds', 'exercise-3-cases'): exec(CELLS[name], scope)
+    for name in ('setup', 'forget-data', 'forget-loop', 'forget-save', 'forget-run', 'exercise-1-disk', 'exercise-1-worlds', 'exercise-2-counter', 'exercise-3-cases'): exec(CELLS[name], scope)
     yield scope
     torch.set_num_threads(threads)
 
