@@ -42,6 +42,7 @@ def train_step(
     if out_of_memory: raise full or torch.OutOfMemoryError('another process has no memory left')
     return loss, total, not loss > limit and _update(model, optimizer, scaler)          # the optimizer itself refuses NaN
 
+# %% ../nbs/34_train.ipynb #train-step-update
 def _update(model, optimizer, scaler):
     "Move the weights; whether they moved"
     if scaler: scaler.unscale(model.parameters())
