@@ -152,41 +152,6 @@ def _tidy(folder, step):
         os.rename(path, aside)
         warnings.warn(f'{path} is later than step {step}, which this run is at now: renamed to {aside.name}')
 
-# %% ../nbs/32_checkpoint.ipynb #save-checkpoint
-def save_checkpoint(
-    run_folder, # checkpoints go to run_folder/checkpoints
-    step:int,
-    model, # with .cfg
-    tok_hash:str, # hash of the tokenizer that made the training ids
-    *, tokenizer:str='tiny', # its tag: `load_model` looks there
-    optimizer=None, # MuonAdamW, or what its `tensors()` gave; None saves weights only
-    state:dict={}, # all else that resuming needs: JSON values
-    score:float|None=None, # lower is better, such as bits per byte; the best checkpoint stays
-    keep:int=2, # newest whole checkpoints that stay; 0 keeps all
-) -> Path: # the new checkpoint's folder
-    "Write a whole checkpoint or none. A full disk raises UserError and leaves the earlier ones as they are"
-    state, manifest = json.dumps(state), _described(step, model, tok_hash, tokenizer, score)     # no JSON: TypeError, nothing touched
-    return _save(run_folder, {**manifest, 'environment': environment('cpu')}, _tensors(model, optimizer), state, keep)
-
-# %% ../nbs/32_checkpoint.ipynb #save-one
-def _save(run_folder, manifest, tensors, state, keep):
-    "Write what is given into a new folder, name it, remove what is too old"
-    final = Path(run_folder)/'checkpoints'/f"step-{manifest['step']:06d}"
-    new = final.with_name(f'.{final.name}.tmp')
-    try:
-        with _only_one(final.parent):
-            try:
-                _tidy(final.parent, manifest['step'])
-                new.mkdir()
-                files = _write_files(new, tensors, state)
-                (new/'manifest.json').write_text(_sealed({**manifest, 'files': files}))
-                _sync(new/'manifest.json'); _sync(new)
-                _commit(new, final)
-            finally: shutil.rmtree(new, ignore_errors=True)
-            _purge(run_folder, final, keep)
-    except (OSError, SafetensorError) as e: raise UserError(_failed(final, e)) from e
-    return final
-
 # %% ../nbs/32_checkpoint.ipynb #save-helpers
 def _described(step, model, tok_hash, tokenizer, score):
     "What the manifest says before the files are known"
@@ -247,6 +212,41 @@ def _purge(run_folder, new, keep):
         good += good < keep and whole(path)
 
 def _by_score(paths): return sorted((p for p in reversed(paths) if _score(p) < math.inf), key=_score)      # of equals the newest
+
+# %% ../nbs/32_checkpoint.ipynb #save-one
+def _save(run_folder, manifest, tensors, state, keep):
+    "Write what is given into a new folder, name it, remove what is too old"
+    final = Path(run_folder)/'checkpoints'/f"step-{manifest['step']:06d}"
+    new = final.with_name(f'.{final.name}.tmp')
+    try:
+        with _only_one(final.parent):
+            try:
+                _tidy(final.parent, manifest['step'])
+                new.mkdir()
+                files = _write_files(new, tensors, state)
+                (new/'manifest.json').write_text(_sealed({**manifest, 'files': files}))
+                _sync(new/'manifest.json'); _sync(new)
+                _commit(new, final)
+            finally: shutil.rmtree(new, ignore_errors=True)
+            _purge(run_folder, final, keep)
+    except (OSError, SafetensorError) as e: raise UserError(_failed(final, e)) from e
+    return final
+
+# %% ../nbs/32_checkpoint.ipynb #save-checkpoint
+def save_checkpoint(
+    run_folder, # checkpoints go to run_folder/checkpoints
+    step:int,
+    model, # with .cfg
+    tok_hash:str, # hash of the tokenizer that made the training ids
+    *, tokenizer:str='tiny', # its tag: `load_model` looks there
+    optimizer=None, # MuonAdamW, or what its `tensors()` gave; None saves weights only
+    state:dict={}, # all else that resuming needs: JSON values
+    score:float|None=None, # lower is better, such as bits per byte; the best checkpoint stays
+    keep:int=2, # newest whole checkpoints that stay; 0 keeps all
+) -> Path: # the new checkpoint's folder
+    "Write a whole checkpoint or none. A full disk raises UserError and leaves the earlier ones as they are"
+    state, manifest = json.dumps(state), _described(step, model, tok_hash, tokenizer, score)     # no JSON: TypeError, nothing touched
+    return _save(run_folder, {**manifest, 'environment': environment('cpu')}, _tensors(model, optimizer), state, keep)
 
 # %% ../nbs/32_checkpoint.ipynb #load-checkpoint
 def checkpoints(
@@ -338,20 +338,6 @@ class Saver:
         self._buffers, self._error, self._again, self._idle = {}, None, None, threading.Event()
         self._idle.set()
 
-    def save(self, step:int, model, tok_hash:str, *, tokenizer:str='tiny', optimizer=None, state:dict={}, score=None, keep:int=2) -> float:
-        "As `save_checkpoint`, but returns when all is copied: the seconds that this took. UserError when too many earlier writes failed"
-        start = time.perf_counter()
-        self.wait()
-        self._again = None                                     # a Ctrl-C while we copy leaves buffers of two steps: never to be written
-        manifest = {**_described(step, model, tok_hash, tokenizer, score), 'environment': self._environment}
-        state, live = json.dumps(state), _tensors(model, optimizer)
-        self._buffers = {name: _copied(ts, self._buffers.get(name, {})) for name, ts in live.items()}
-        copied = torch.cuda.current_stream(model.device).record_event() if _on_gpu(live) else None
-        self._again = functools.partial(self._write, copied, manifest, self._buffers, state, keep)
-        self._idle.clear()
-        threading.Thread(target=self._again, name=f'save-{step}').start()                # no daemon: Python waits for it when it ends
-        return time.perf_counter() - start
-
     def _write(self, copied, *what):
         "In the thread"
         try:
@@ -376,6 +362,20 @@ class Saver:
         self.wait()
         try: score_checkpoint(self.run_folder, step, score)
         except UserError as e: warnings.warn(f'{e}; training goes on')
+
+    def save(self, step:int, model, tok_hash:str, *, tokenizer:str='tiny', optimizer=None, state:dict={}, score=None, keep:int=2) -> float:
+        "As `save_checkpoint`, but returns when all is copied: the seconds that this took. UserError when too many earlier writes failed"
+        start = time.perf_counter()
+        self.wait()
+        self._again = None                                     # a Ctrl-C while we copy leaves buffers of two steps: never to be written
+        manifest = {**_described(step, model, tok_hash, tokenizer, score), 'environment': self._environment}
+        state, live = json.dumps(state), _tensors(model, optimizer)
+        self._buffers = {name: _copied(ts, self._buffers.get(name, {})) for name, ts in live.items()}
+        copied = torch.cuda.current_stream(model.device).record_event() if _on_gpu(live) else None
+        self._again = functools.partial(self._write, copied, manifest, self._buffers, state, keep)
+        self._idle.clear()
+        threading.Thread(target=self._again, name=f'save-{step}').start()                # no daemon: Python waits for it when it ends
+        return time.perf_counter() - start
 
     def close(self):
         "Wait for the last write, and try it again if it failed. UserError when it fails for good"
