@@ -79,7 +79,9 @@ def join_ranks(
     device = torch.device(device)
     if device.type == 'cuda': torch.cuda.set_device(device)
     dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', timeout=datetime.timedelta(minutes=minutes))
-    try: yield
+    try:
+        yield
+        all_sum(0)                                  # nobody leaves while another is still at work
     finally: dist.destroy_process_group()
 
 def joined() -> bool:

@@ -8,12 +8,13 @@ __all__ = ['CLOCK', 'MAX_SKIPPED', 'SPIKE', 'train_step', 'cut', 'interruptible'
 
 # %% ../nbs/34_train.ipynb #imports
 import math, shutil, signal, statistics, threading, time, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 import torch
 
 # %% ../nbs/34_train.ipynb #imports-ours
-from .checkpoint import latest, load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from .checkpoint import Saver, latest, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from .common import UserError, all_sum, differences, from_all, on_rank_0, progress, ranks, read_json, synchronize, write_json
 from .head import lm_loss
 from .precision import LossScaler
@@ -42,6 +43,7 @@ def train_step(
     if out_of_memory: raise full or torch.OutOfMemoryError('another process has no memory left')
     return loss, total, not loss > limit and _update(model, optimizer, scaler)          # the optimizer itself refuses NaN
 
+# %% ../nbs/34_train.ipynb #train-step-update
 def _update(model, optimizer, scaler):
     "Move the weights; whether they moved"
     if scaler: scaler.unscale(model.parameters())
@@ -105,11 +107,12 @@ def start_run(
 # %% ../nbs/34_train.ipynb #snapshot
 CLOCK = ('step', 'seconds', 'tokens', 'skipped')
 
-def save_snapshot(run, step, model, optimizer, loader, tokenizer, clock, keep=2):
-    "Checkpoint the state after `step` finished steps; `tokenizer` is `(tag, hash)`."
+def save_snapshot(run, step, model, optimizer, loader, tokenizer, clock, keep=2, saver=None):
+    "Checkpoint the state after `step` finished steps; `tokenizer` is `(tag, hash)`. With a `Saver`, beside the steps that follow"
     state = {'step': step, 'loader': loader.state_dict(), 'rng': from_all(rng_state()), **clock}
     whole = optimizer.tensors()                                              # several processes put it together
-    on_rank_0(lambda: str(save_checkpoint(run.folder, step, model, tokenizer[1], tokenizer=tokenizer[0], optimizer=whole, state=state, keep=keep)))
+    save = saver.save if saver else partial(save_checkpoint, run.folder)
+    on_rank_0(lambda: str(save(step, model, tokenizer[1], tokenizer=tokenizer[0], optimizer=whole, state=state, keep=keep)))
 
 def resume_snapshot(run, model, optimizer, loader, tokenizer) -> dict:
     "Load the newest good checkpoint of the run into everything; returns its state (`step` 0 when there is none)."
@@ -157,6 +160,7 @@ class Loop:
         self.step, self.seconds, self.tokens, self.skipped = (state[k] for k in CLOCK)
         self.micro_batches = share_of_rank(recipe, ranks().world_size)[1]
         self.in_a_row, self.recent, self.pieces, self.on_bad, self.peak, self.rollbacks = 0, state.get('recent', []), 1, on_bad, peak, 0
+        self.saver, self.saved = None, None                              # a `Saver` on the first process; the step that was saved last
         self.scaler = LossScaler() if model.dtype == torch.float16 else None
         if self.scaler and state.get('scaler'): self.scaler.load_state_dict(state['scaler'])
 
@@ -198,7 +202,7 @@ class Loop:
         what = f'step {self.step} was left out: loss {loss:.4g}, limit {spike_limit(self.recent):.4g}; its batch is in {path}'
         if self.on_bad == 'stop' or self.rollbacks == 3: raise UserError(f'{what}. Look at it, then go on with --on-bad skip or rollback')
         self.rollbacks, place = self.rollbacks + 1, self.loader.state_dict()
-        if on_rank_0(lambda: latest(self.run.folder) is None): raise UserError(f'{what}, and there is no checkpoint to go back to')
+        if on_rank_0(lambda: (self.saver and self.saver.wait()) or latest(self.run.folder) is None): raise UserError(f'{what}, and there is no checkpoint to go back to')
         state = resume_snapshot(self.run, self.model, self.optimizer, self.loader, self.tokenizer)
         self.loader.load_state_dict(place)                                       # the text that did it is not read again
         warnings.warn(f'{what}. Back to step {state["step"]}, and on with other text')
@@ -209,7 +213,15 @@ class Loop:
         "Checkpoint everything that the next step reads."
         clock = dict(zip(CLOCK, (self.step, self.seconds, self.tokens, self.skipped)), recent=self.recent,
                      scaler=self.scaler and self.scaler.state_dict())
-        save_snapshot(self.run, self.step, self.model, self.optimizer, self.loader, self.tokenizer, clock)
+        save_snapshot(self.run, self.step, self.model, self.optimizer, self.loader, self.tokenizer, clock, saver=self.saver)
+        self.saved = self.step
+
+    def judge(self, scores):
+        "Record an evaluation; the checkpoint of this step, if there is one, keeps its bits per byte or its loss, so that the best one stays"
+        self.run.log(self.step, **scores)
+        score = next((scores[k] for k in ('val_bpb', 'val_loss') if k in scores), None)
+        if self.saver and self.saved == self.step and score is not None: self.saver.score(self.step, score)
+        return scores
 
     def summary(self) -> dict:
         "What the run has come to."
@@ -232,7 +244,8 @@ def train(
 ) -> dict: # steps, tokens, seconds, skipped, train_loss, and the last evaluation
     "Train until `recipe.steps`, from the newest checkpoint of the run if there is one."
     loop, scores = Loop(model, optimizer, loader, recipe, run, tokenizer, on_bad, peak), {}
-    with interruptible() as pending, progress(total=recipe.steps, desc=run.folder.parent.name, unit='step') as bar:
+    saver = Saver(run.folder) if ranks().rank == 0 else nullcontext()
+    with saver as loop.saver, interruptible() as pending, progress(total=recipe.steps, desc=run.folder.parent.name, unit='step') as bar:
         bar.update(loop.step)
         while loop.step < recipe.steps:
             metrics = loop.one_step()
@@ -244,6 +257,6 @@ def train(
             stop = any(all_sum(len(pending)))                                  # a signal to one process stops all
             if stop or due(save_every): loop.save()
             if stop: leave(pending or [signal.SIGTERM])
-            if evaluate and due(eval_every) and loop.step < recipe.steps: run.log(loop.step, **evaluate(loop.step))
-    if evaluate: run.log(loop.step, **(scores := evaluate(loop.step)))
+            if evaluate and due(eval_every): scores = loop.judge(evaluate(loop.step))
+        if evaluate and not scores: scores = loop.judge(evaluate(loop.step))     # nothing was left to train
     return {**loop.summary(), **scores}

@@ -71,6 +71,7 @@ def set_up(source, tok, r, seed, device, precision='fp32', kernel='auto', compil
     if device.type != 'cpu': loader = prefetch(loader, device)          # on a CPU a thread for it would take time from the model
     return model, make_sharded(model, r), loader
 
+# %% ../../nbs/35_base_train.ipynb #say-engines
 def say_engines(model, precision) -> dict:
     "Print and return what computes: device, precision, attention kernel. On a GPU also why a better kernel is not in use."
     used = dict(device=str(model.device), processes=ranks().world_size, precision=precision, attention=model.kernel_name)
