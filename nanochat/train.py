@@ -125,8 +125,7 @@ def resume_snapshot(run, model, optimizer, loader, tokenizer) -> dict:
     optimizer.load_tensors(saved['optim'])
     state = saved['state']
     loader.load_state_dict(state['loader'])
-    rng = state['rng'] if isinstance(state['rng'], list) else [state['rng']]   # one process wrote no list until November 2026
-    set_rng_state(rng[ranks().rank % len(rng)])
+    set_rng_state(state['rng'])
     run.truncate_after(state['step'])
     return state
 
