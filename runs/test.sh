@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that is checked, in one command: `bash runs/test.sh [arguments for pytest]`
-# The small run of the whole pipeline comes first; the notebooks, the lessons and the tests then find its results.
+# The small run of the whole pipeline comes first; the notebooks, the lessons and the tests then find its results. Tests that take
+# minutes are left out: `bash runs/test.sh -m slow` runs those.
 #   NANOCHAT_TEST_BASE_DIR  keep the results of the small run there; otherwise a temporary folder, removed at the end
 #   NANOCHAT_SHARED_DATA    real files for the tests that want some; ../shared/data when that folder is there
 set -euo pipefail
@@ -34,6 +35,6 @@ part() {                                          # part NAME COMMAND...: run it
 }
 
 part "small-run" bash runs/tiny.sh --small
-part "pytest" "$PYTHON" -m pytest -q -n 2 "$@"
+part "pytest" "$PYTHON" -m pytest -q -n 2 -m "not slow" "$@"
 say "test: all took $SECONDS s"
 [ -z "$failed" ] || die "failed:$failed"
