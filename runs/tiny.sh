@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a conversation on two CPU cores: data, tokenizer, pretraining, fine-tuning, exam, report card, a first chat.
 #
-#   bash runs/tiny.sh                    the whole thing: about ten minutes after installation, and 2 GB of memory
+#   bash runs/tiny.sh                    the whole thing: about twelve minutes after installation, and 2 GB of memory
 #   bash runs/tiny.sh --small            the same stages with a smaller dial: under three minutes; what the tests run
 #   bash runs/tiny.sh --data FOLDER      pretrain on your own .txt .md .jsonl .json .parquet files instead (also as .gz);
 #                                        it ends with bits per byte on held-out files, because the exam is about the tiny world
