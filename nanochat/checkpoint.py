@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 # %% ../nbs/32_checkpoint.ipynb #imports-project
-from .common import (UserError, _disk_full, _fsync_folder, atomic_write, base_dir, environment, pick_device, ranks, run_dir,
+from .common import (UserError, _disk_full, _fsync_folder, atomic_write, base_dir, environment, lock_folder, pick_device, ranks, run_dir,
                              sha256_file)
 from .gpt import GPT, GPTConfig
 from .tokenizer import Tokenizer
@@ -169,17 +169,10 @@ def _failed(final, e):
 def _only_one(folder):
     "Make the folder, and let one process save in it at a time; the lock is on the folder itself and dies with its holder"
     folder.mkdir(parents=True, exist_ok=True)
-    try: import fcntl
-    except ImportError:                                    # Windows: no lock
-        yield
-        return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise UserError(f'another process is saving in {folder} now: stop one of the two, or use another --tag') from None
-        except OSError: pass                               # some network disks know no locks
-        yield
-    finally: os.close(fd)
+    fd = lock_folder(folder, f'another process is saving in {folder} now: stop one of the two, or use another --tag')
+    try: yield
+    finally:
+        if fd is not None: os.close(fd)
 
 # %% ../nbs/32_checkpoint.ipynb #remove
 def _remove(path):

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['UserError', 'base_dir', 'run_dir', 'Ranks', 'ranks', 'single_process', 'join_ranks', 'joined', 'all_sum', 'from_all',
-           'on_rank_0', 'pick_device', 'seed_everything', 'synchronize', 'atomic_write', 'write_json', 'read_json',
-           'differences', 'sha256_file', 'progress', 'as_command', 'print_result', 'environment']
+           'on_rank_0', 'pick_device', 'seed_everything', 'synchronize', 'atomic_write', 'try_lock', 'lock_folder',
+           'write_json', 'read_json', 'differences', 'sha256_file', 'progress', 'as_command', 'print_result',
+           'environment']
 
 # %% ../nbs/00_common.ipynb #std-imports
 import contextlib, datetime, errno, hashlib, json, math, os, platform, random, re, secrets, subprocess, sys, warnings
@@ -188,6 +189,29 @@ def atomic_write(
         raise UserError(f'cannot write {path}: {why}') from e
     finally:
         with contextlib.suppress(OSError): temp.unlink()
+
+# %% ../nbs/00_common.ipynb #try-lock
+def try_lock(
+    f, # an open file, or a descriptor; its lock ends when it is closed
+) -> bool:
+    "Whether the lock of an open file is ours now; True also where the system has none to give"
+    try: import fcntl
+    except ImportError: return True                        # Windows
+    try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError: return False
+    except OSError: return True                            # some network disks know no locks
+    return True
+
+def lock_folder(
+    folder, # must exist
+    busy:str|None=None, # what to say when another process holds it
+):
+    "A file descriptor that holds `folder` for this process, or None where folders cannot be opened. Raises `UserError` when it is taken"
+    if os.name == 'nt': return None
+    fd = os.open(folder, os.O_RDONLY)
+    if try_lock(fd): return fd
+    os.close(fd)
+    raise UserError(busy or f'another process is writing {folder}: wait for it or stop it')
 
 # %% ../nbs/00_common.ipynb #plain
 def _plain(x):

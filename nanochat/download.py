@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Callable, Iterable, NamedTuple
 
 # %% ../nbs/13a_download.ipynb #imports-ours
-from .common import UserError, _disk_full, progress, read_json, sha256_file, write_json
-from .dataset import KINDS, _plain_name, lock_folder, validation_files
+from .common import UserError, _disk_full, lock_folder, progress, read_json, sha256_file, write_json
+from .dataset import KINDS, _plain_name, validation_files
 
 # %% ../nbs/13a_download.ipynb #remote-file
 class RemoteFile(NamedTuple):

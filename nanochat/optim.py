@@ -211,13 +211,18 @@ def _init_adamw(self:MuonAdamW, group):
         self.state[p] = dict(step=torch.zeros(()), exp_avg=zeros(), exp_avg_sq=zeros())
 
 @patch
-def _init_muon(self:MuonAdamW, group):
+def _by_shape(self:MuonAdamW, group) -> list: # of lists of (name, parameter)
+    "The matrices of a Muon group that go into one stack"
     shapes = {}
     for name, p in zip(group['param_names'], group['params']):
         if p.ndim != 2: raise ValueError(f"{name} has shape {tuple(p.shape)}: Muon takes matrices only")
-        shapes.setdefault((p.shape, p.dtype, p.device), []).append(p)
-    for (shape, _, device), params in shapes.items():
-        buffers = muon_state(len(params), shape, group, device)
+        shapes.setdefault((p.shape, p.dtype, p.device), []).append((name, p))
+    return list(shapes.values())
+
+@patch
+def _init_muon(self:MuonAdamW, group):
+    for params in ([p for _, p in named] for named in self._by_shape(group)):
+        buffers = muon_state(len(params), params[0].shape, group, params[0].device)
         for i, p in enumerate(params): self.state[p] = {key: buffer[i] for key, buffer in buffers.items()}
         self.stacks.append((len(self.param_groups) - 1, params, buffers))    # not the group: loading makes new ones
 
@@ -272,6 +277,7 @@ def load_tensors(self:MuonAdamW, tensors:dict):
 def make_optimizer(
     model, # a GPT: every trainable parameter has a role in `param_roles`
     recipe, # has matrix_lr, embedding_lr, head_lr, scalar_lr, weight_decay, momentum, adam_betas, adam_eps; may have MUON_OPTIONS, clip_norm
+    kind=MuonAdamW, # the class to make
 ) -> MuonAdamW:
     "Muon for matrices, AdamW for embedding, head and scalars; each group keeps its `role` and `initial_lr`"
     roles, by_role = param_roles(model), {}
@@ -284,4 +290,4 @@ def make_optimizer(
                                           **{k: getattr(recipe, k, default) for k, default in MUON_OPTIONS.items()})
         else: group.update(kind='adamw', betas=tuple(recipe.adam_betas), eps=recipe.adam_eps)
         groups.append(group)
-    return MuonAdamW(groups, clip=getattr(recipe, 'clip_norm', 0.))
+    return kind(groups, clip=getattr(recipe, 'clip_norm', 0.))

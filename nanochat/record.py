@@ -14,7 +14,7 @@ from pathlib import Path
 # %% ../nbs/33_record.ipynb #imports-project
 from fastcore.basics import patch
 
-from .common import UserError, atomic_write, differences, ranks, read_json, write_json
+from .common import UserError, atomic_write, differences, ranks, read_json, try_lock, write_json
 
 # %% ../nbs/33_record.ipynb #plain
 _ODD = {'nan': math.nan, 'inf': math.inf, '-inf': -math.inf}
@@ -138,7 +138,7 @@ def lock(
     path = folder.with_name(f'.{folder.name}.lock')       # beside the folder: --force may delete what is in it
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'a+') as f:
-        if not _try_lock(f):
+        if not try_lock(f):
             f.seek(0)
             who = f.read().strip() or 'another process'
             raise UserError(f'{folder} is in use by {who}: wait for it, stop it, or use another --tag')
@@ -147,15 +147,6 @@ def lock(
         f.flush()
         try: yield
         finally: f.truncate(0)
-
-def _try_lock(f):
-    "True if the lock is ours, or if this system has none to give"
-    try: import fcntl
-    except ImportError: return True                        # Windows: no lock
-    try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError: return False
-    except OSError: return True                            # some network disks know no locks
-    return True
 
 # %% ../nbs/33_record.ipynb #figure
 palette = dict(blue='#0072B2', orange='#D55E00', green='#009E73', purple='#CC79A7', sky='#56B4E9', yellow='#E69F00', grey='#999999',

@@ -52,21 +52,22 @@ def _gather(own, padded):
     return gather(out, own.contiguous(), async_op=True), out
 
 # %% ../nbs/30a_sharded.ipynb #sharded-class
-class ShardedMuonAdamW(torch.optim.Optimizer):
+class ShardedMuonAdamW(MuonAdamW):
     "`MuonAdamW` over all processes: gradients are summed, each process keeps and updates its share, all get the new weights"
     def __init__(self, groups:list, clip:float=0.): # as for MuonAdamW
-        like = MuonAdamW(groups, clip)                                           # its checks, and what a group holds
-        self.parts, self.skipped, self.grad_norm, self.clip = [], 0, float('nan'), clip
-        super().__init__(groups, dict(like.defaults))
-        for which, group in enumerate(self.param_groups):
-            for key in ('lr', 'weight_decay'): group.setdefault('initial_' + key, group[key])
-            self._divide(which, group, ranks().rank, ranks().world_size)
+        self.parts = []
+        super().__init__(groups, clip)
 
-    def _divide(self, which, group, rank, world):
-        named, shapes = list(zip(group['param_names'], group['params'])), {}
-        for name, p in named: shapes.setdefault(p.shape if group['kind'] == 'muon' else name, []).append((name, p))
-        for some in shapes.values():
-            self.parts.append(Part(which, *map(list, zip(*some)), group['kind'] == 'muon', rank, world, group['neuron_beta']))
+    def _init_muon(self, group):
+        for named in self._by_shape(group): self._divide(group, named)
+
+    def _init_adamw(self, group):
+        for named in zip(group['param_names'], group['params']): self._divide(group, [named])
+
+    def _divide(self, group, named):
+        names, params = map(list, zip(*named))
+        r = ranks()
+        self.parts.append(Part(len(self.param_groups) - 1, names, params, group['kind'] == 'muon', r.rank, r.world_size, group['neuron_beta']))
 
     @torch.no_grad()
     def step(self) -> bool:
@@ -136,8 +137,4 @@ def make_sharded(
     recipe, # as for `make_optimizer`
 ):
     "`make_optimizer` for one process or for many"
-    alone = make_optimizer(model, recipe)
-    if not joined(): return alone
-    keep = ('params', 'param_names')
-    return ShardedMuonAdamW([dict(params=list(zip(g['param_names'], g['params'])), **{k: v for k, v in g.items() if k not in keep})
-                             for g in alone.param_groups], alone.clip)
+    return make_optimizer(model, recipe, ShardedMuonAdamW if joined() else MuonAdamW)

@@ -168,7 +168,8 @@ class Loop:
         t = time.perf_counter()
         rate = set_schedule(self.optimizer, self.recipe, self.step)['lr_multiplier']
         batches = [next(self.loader) for _ in range(self.micro_batches)]
-        loss, n, moved = self._fitting(batches, spike_limit(self.recent))
+        limit = spike_limit(self.recent)
+        loss, n, moved = self._fitting(batches, limit)
         synchronize(self.model.device)
         took = time.perf_counter() - t
         self.in_a_row = 0 if moved else self.in_a_row + 1
@@ -176,7 +177,7 @@ class Loop:
         metrics = dict(loss=loss, lr=rate, grad_norm=self.optimizer.grad_norm, tokens=self.tokens, seconds=self.seconds, tokens_per_s=n/took)
         if self.peak: metrics['mfu'] = n/took * self.model.flops_per_token() / self.peak
         self.run.log(self.step, **metrics)
-        if n and not moved: self._bad(loss, batches)
+        if n and not moved: self._bad(loss, limit, batches)
         self.recent = [*self.recent, loss][-50:]
         return metrics
 
@@ -191,14 +192,14 @@ class Loop:
                 if torch.cuda.is_available(): torch.cuda.empty_cache()
                 warnings.warn(f'step {self.step + 1} did not fit: from here on micro-batches have {-(-rows//self.pieces)} rows; the steps stay the same')
 
-    def _bad(self, loss, batches):
+    def _bad(self, loss, limit, batches):
         "Write the batch of a step that was left out, then do what the policy says"
         check_alive(loss, self.in_a_row, self.step)
-        if self.scaler and loss <= spike_limit(self.recent): return                # float16: the loss scale was too large, and is smaller now
+        if self.scaler and loss <= limit: return                # float16: the loss scale was too large, and is smaller now
         path = self.run.folder/'bad'/f'step-{self.step:06d}-rank{ranks().rank}.json'
         write_json(path, dict(step=self.step, loss=loss, inputs=[b.inputs for b in batches], targets=[b.targets for b in batches]))
         if self.on_bad == 'skip': return
-        what = f'step {self.step} was left out: loss {loss:.4g}, limit {spike_limit(self.recent):.4g}; its batch is in {path}'
+        what = f'step {self.step} was left out: loss {loss:.4g}, limit {limit:.4g}; its batch is in {path}'
         if self.on_bad == 'stop' or self.rollbacks == 3: raise UserError(f'{what}. Look at it, then go on with --on-bad skip or rollback')
         self.rollbacks, place = self.rollbacks + 1, self.loader.state_dict()
         if on_rank_0(lambda: (self.saver and self.saver.wait()) or latest(self.run.folder) is None): raise UserError(f'{what}, and there is no checkpoint to go back to')

@@ -26,10 +26,9 @@ def document_bits(
     text:str,
 ) -> tuple[float, int]: # bits, bytes
     "What a model pays for one document, as far as its context reaches"
-    ids = torch.tensor([[tok.bos, *tok.encode(text)][:model.cfg.max_len + 1]], device=model.device)
-    targets = ids[:, 1:]
-    sizes = torch.as_tensor(tok.token_bytes(), device=model.device)[targets]
-    return lm_loss(model, ids[:, :-1], targets, 'sum').item() / math.log(2), int(sizes.sum())
+    ids = [tok.bos, *tok.encode(text)][:model.cfg.max_len + 1]
+    row = torch.tensor([ids], device=model.device)
+    return lm_loss(model, row[:, :-1], row[:, 1:], 'sum').item() / math.log(2), len(tok.decode_bytes(ids[1:]))
 
 # %% ../../nbs/52_base_eval.ipynb #hardest
 def hardest(
