@@ -1,11 +1,9 @@
 "The graders of lesson 03: solutions pass, what is handed out does not, likely mistakes are named; and what the lesson measures is so"
-import re
-from pathlib import Path
 import nbformat, pytest, torch
-from test_lessons import exercises
+from test_lessons import ROOT, changed, exercises, solution as folded
 from nanochat.gpt import GPT, GPTConfig
 
-LESSON = Path(__file__).resolve().parent.parent/'lessons/03_attention.ipynb'
+LESSON = ROOT/'lessons/03_attention.ipynb'
 CELLS = {c['id']: c.source for c in nbformat.read(LESSON, 4).cells}
 
 @pytest.fixture(scope='module')
@@ -19,7 +17,7 @@ def scope():
         for p in model.parameters(): p.copy_(torch.randn_like(p)/p.shape[-1]**.5)
     return {**scope, 'model': model}
 
-def solution(number): return re.search(r'```python\n(.*?)```', exercises(LESSON)[number]['hints'], re.S)[1]
+def solution(number): return folded(exercises(LESSON)[number])
 
 def grade(scope, number, answer):
     "What the grader of an exercise says to `answer`"
@@ -32,10 +30,6 @@ def grade(scope, number, answer):
 def test_solutions_are_right_and_what_is_handed_out_is_not(scope, number):
     assert grade(scope, number, '') != 'right'
     assert grade(scope, number, solution(number)) == 'right'
-
-def changed(text, old, new):
-    assert text.count(old) == 1, (old, text.count(old))
-    return text.replace(old, new)
 
 @pytest.mark.parametrize('old, new, says', [
     ('return see if window is None else see & (back <= window)', 'return (see if window is None else see & (back <= window)).T', 'exchanged'),

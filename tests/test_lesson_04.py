@@ -1,9 +1,8 @@
 "The graders of lesson 04: solutions pass, what is handed out does not, likely mistakes are named; and what the lesson claims holds for any weights"
 import copy, math, random, re
 from contextlib import contextmanager
-from pathlib import Path
 import nbformat, pytest, torch
-from test_lessons import ROOT, exercises
+from test_lessons import ROOT, exercises, one_thread, solution as folded
 from nanochat.attention import rms_norm
 from nanochat.gpt import GPT, Call, GPTConfig
 
@@ -11,12 +10,7 @@ PATH = ROOT/'lessons/04_gpt.ipynb'
 LESSON = exercises(PATH)
 CELLS = {c['id']: c.source for c in nbformat.read(PATH, 4).cells}
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 def scope():
     s = dict(copy=copy, math=math, random=random, contextmanager=contextmanager, torch=torch, rms_norm=rms_norm, GPT=GPT, Call=Call, GPTConfig=GPTConfig)
@@ -30,7 +24,7 @@ def verdict(number, code):
     exec('\n'.join([CELLS.get(f'exercise-{number}-spec', ''), code, *lines]), s)
     return eval(last, s)
 
-def solution(number): return re.search(r'```python\n(.*?)```', LESSON[number]['hints'], re.S)[1]
+def solution(number): return folded(LESSON[number])
 
 @pytest.mark.parametrize('number', [1, 2, 3, 4])
 def test_the_solution_is_right_and_what_is_handed_out_is_not(number):

@@ -1,19 +1,14 @@
 "The graders of lesson 05: solutions pass, what is handed out does not, likely mistakes are named; and what the lesson claims holds for any gradient"
 import math, random, re
 import nbformat, pytest, torch
-from test_lessons import ROOT, exercises
+from test_lessons import ROOT, exercises, one_thread, solution as folded
 from nanochat.optim import cautious_decay, polar_coefficients, polar_express
 
 PATH = ROOT/'lessons/05_muon.ipynb'
 LESSON = exercises(PATH)
 CELLS = {c['id']: c.source for c in nbformat.read(PATH, 4).cells}
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 def scope(): return dict(math=math, random=random, torch=torch, polar_express=polar_express, polar_coefficients=polar_coefficients)
 
@@ -24,7 +19,7 @@ def verdict(number, code):
     exec('\n'.join([CELLS.get(f'exercise-{number}-spec', ''), LESSON[number].get('given', ''), code, *lines]), s)
     return eval(last, s)
 
-def solution(number): return re.search(r'```python\n(.*?)```', LESSON[number]['hints'], re.S)[1]
+def solution(number): return folded(LESSON[number])
 
 @pytest.mark.parametrize('number', [1, 2, 3])
 def test_the_solution_is_right_and_what_is_handed_out_is_not(number):

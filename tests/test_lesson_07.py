@@ -1,10 +1,8 @@
 "The graders of lesson 07: solutions pass, what is handed out does not, likely mistakes are named"
-import re
-from pathlib import Path
 import nbformat, pytest, torch
-from test_lessons import exercises
+from test_lessons import ROOT, changed, exercises, solution as folded
 
-LESSON = Path(__file__).resolve().parent.parent/'lessons/07_checkpoints.ipynb'
+LESSON = ROOT/'lessons/07_checkpoints.ipynb'
 CELLS = {c['id']: c.source for c in nbformat.read(LESSON, 4).cells}
 
 @pytest.fixture(scope='module')
@@ -15,7 +13,7 @@ def scope():
     yield scope
     torch.set_num_threads(threads)
 
-def solution(number): return re.search(r'```python\n(.*?)```', exercises(LESSON)[number]['hints'], re.S)[1]
+def solution(number): return folded(exercises(LESSON)[number])
 
 def grade(scope, number, answer):
     "What the grader of an exercise says to `answer`"
@@ -23,10 +21,6 @@ def grade(scope, number, answer):
     *lines, last = e['grader'].splitlines()
     exec('\n'.join([e['yours'], *lines, answer]), scope)
     return eval(last, scope)
-
-def changed(text, old, new):
-    assert text.count(old) == 1, (old, text.count(old))
-    return text.replace(old, new)
 
 @pytest.mark.parametrize('number', [1, 2, 3])
 def test_solutions_are_right_and_what_is_handed_out_is_not(scope, number):

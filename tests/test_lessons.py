@@ -1,7 +1,7 @@
 "The folded solutions of every lesson satisfy its graders, and what the lesson hands out does not"
 import re
 from pathlib import Path
-import nbformat, pytest
+import nbformat, pytest, torch
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = sorted((ROOT/'lessons').glob('[0-9]*.ipynb'))
@@ -13,6 +13,23 @@ def exercises(path):
         m = re.fullmatch(r'exercise-(\d+)-(yours|given|grader|hints)', c['id'])
         if m: found.setdefault(int(m[1]), {})[m[2]] = c.source
     return found
+
+def solution(e):
+    "The code of the solution that an exercise folds away"
+    return re.search(r'```python\n(.*?)```', e['hints'], re.S)[1]
+
+def changed(text, old, new):
+    "A solution with one mistake"
+    assert text.count(old) == 1, (old, text.count(old))
+    return text.replace(old, new)
+
+@pytest.fixture
+def one_thread():
+    "Small tensors: threads that wait for each other cost more than they give"
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 @pytest.mark.parametrize('lesson', LESSONS, ids=lambda p: p.stem)
 def test_lesson_has_three_exercises_with_solutions(lesson):
@@ -28,7 +45,7 @@ def test_quickstart_solutions(number):
     *lines, last = e['grader'].splitlines()
     exec(e['yours'] + '\n' + '\n'.join(lines), scope)
     assert eval(last, scope) != 'right'
-    exec(re.search(r'```python\n(.*?)```', e['hints'], re.S)[1], scope)
+    exec(solution(e), scope)
     assert eval(last, scope) == 'right'
 
 def test_quickstart_solution_3():
@@ -47,5 +64,5 @@ def test_quickstart_solution_3():
     *lines, last = e['grader'].splitlines()
     exec(e['given'] + '\n' + '\n'.join(lines), scope)
     assert eval(last, scope) != 'right'
-    exec(re.search(r'```python\n(.*?)```', e['hints'], re.S)[1], scope)
+    exec(solution(e), scope)
     assert eval(last, scope) == 'right'
