@@ -199,14 +199,12 @@ def test_stop():
     assert [c.finish for c in engine.complete(prompts, stop=stop)] == ['stopped']*3
 
 def test_close_frees_the_cache_and_leaves_the_thread_alone():
-    caches = []
-    class Watched(GPT):
-        def new_cache(self, *a): cache = super().new_cache(*a); caches.append(weakref.ref(cache)); return cache
-    stream = Engine(Watched(gpt().cfg), tok).stream(PROMPTS[:3], Sampling(temperature=1., seed=0))
+    stream = Engine(gpt(), tok).stream(PROMPTS[:3], Sampling(temperature=1., seed=0))
     next(stream)
-    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and caches[-1]() is not None
+    cache = weakref.ref(stream.gi_frame.f_locals['session']._cache)
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and cache() is not None
     stream.close(); gc.collect()
-    assert all(c() is None for c in caches) and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    assert cache() is None and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 def test_an_error_in_the_model_reaches_the_caller():
     broken = gpt()
@@ -237,9 +235,8 @@ def test_choosing_keeps_its_promises(values, temperature, top_k, top_p, u):
     assert p.isfinite().all() and abs(p.sum() - 1) < 1e-5 and p[logits[0] >= logits.max() - 1e-4].sum() > 0
     id = sample(logits, s, torch.tensor([u]).clamp(max=1 - 2**-24)).item()
     assert p[id] > 0
-    kept = (p > 0).sum().item()
-    if temperature == 0: assert kept == 1 and id == logits[0].argmax()
-    elif top_k: assert kept <= top_k
+    if temperature == 0: assert (p > 0).sum() == 1 and id == logits[0].argmax()
+    elif top_k: assert (p > p[p > 0].min()).sum() < top_k                      # equally likely tokens stay together
 
 def test_masked_tokens_are_never_drawn():
     logits = torch.tensor([[0., -torch.inf, 0., -torch.inf]]).expand(1000, -1)

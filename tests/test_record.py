@@ -1,8 +1,11 @@
 "The record of a run: crashes, two processes, full disks"
-import errno, json, math, os, subprocess, sys, warnings
+import errno, json, math, os, shutil, subprocess, sys, textwrap, threading, types, warnings
+from pathlib import Path
 import pytest, torch
 from nanochat.common import UserError
-from nanochat.record import LivePlot, Run, figure, finished, lock, palette, plot_loss, read_metrics, read_result, series, smoothed
+from nanochat import record
+from nanochat.record import (PANELS, LivePlot, Run, finished, lock, palette, plot_loss, plot_run, read_metrics, read_result,
+                             read_sessions, series, smoothed, trackers)
 
 @pytest.fixture
 def run(tmp_path):
@@ -11,7 +14,7 @@ def run(tmp_path):
     return r
 
 def test_a_run_is_a_folder(run):
-    assert sorted(p.name for p in run.folder.iterdir()) == ['config.json', 'metrics.jsonl']
+    assert sorted(p.name for p in run.folder.iterdir()) == ['config.json', 'metrics.jsonl', 'sessions.jsonl']
     assert series(read_metrics(run.folder), 'loss') == ([0, 1, 2, 3, 4], [5, 4, 3, 2, 1])
     assert read_result(run.folder) is None and read_metrics(run.folder/'nobody') == {}
     assert run.finish(dict(bpb=1.5)) == dict(bpb=1.5) == read_result(run.folder)
@@ -130,7 +133,7 @@ def test_a_lock_outlives_its_folder(tmp_path):
             with lock(tmp_path/'run'): pass
 
 def test_import_draws_nothing():
-    code = "import sys, nanochat.record; assert not {'matplotlib', 'IPython', 'ipywidgets'} & set(sys.modules), sorted(sys.modules)"
+    code = "import sys, nanochat.record; assert not {'matplotlib', 'IPython', 'ipywidgets', 'wandb', 'trackio', 'tensorboard'} & set(sys.modules), sorted(sys.modules)"
     subprocess.run([sys.executable, '-c', code], check=True)
 
 def test_smoothed():
@@ -159,3 +162,197 @@ def test_live_plot_updates_one_display(run, monkeypatch):
     live = LivePlot(run.folder, {'ln V': 5.5}, every=1000)
     assert [live.update(), live.update(), live.update(force=True)] == [True, False, True] and shown == ['new', 'updated']
     assert LivePlot(run.folder, show=False).update(force=True) is False
+
+# --- who wrote it
+
+def test_each_session_is_recorded(run):
+    from nanochat.common import _git_commit, environment
+    Run(run.folder, run.config)
+    first, second = read_sessions(run.folder)
+    assert first['environment'] == second['environment'] == environment() and first['environment']['commit'] == _git_commit()
+    assert first['processes'] == 1 and first['time'] <= second['time']
+    with open(run.folder/'sessions.jsonl', 'a') as f: f.write('{"time": "20')           # torn
+    assert len(read_sessions(run.folder)) == 2
+    Run(run.folder, run.config)
+    assert len(read_sessions(run.folder)) == 3
+    (run.folder/'sessions.jsonl').write_text('rubbish\n')
+    with pytest.raises(UserError, match='sessions.jsonl is damaged'): read_sessions(run.folder)
+
+def test_a_clock_that_goes_backwards_is_recorded_and_no_more(run, monkeypatch):
+    class Yesterday(record.datetime):
+        @classmethod
+        def now(cls, tz=None): return cls(1999, 12, 31, tzinfo=tz)
+    monkeypatch.setattr(record, 'datetime', Yesterday)
+    Run(run.folder, run.config).log(9, loss=1.)
+    assert read_sessions(run.folder)[1]['time'].startswith('1999') and read_metrics(run.folder)['step'][-1] == 9
+
+def test_the_id_of_a_run_stays_until_its_folder_goes(run):
+    before = record._run_id(run.folder)
+    Run(run.folder, dict(other=1))
+    assert record._run_id(run.folder) == before
+    other = Run(run.folder.parent/'other', run.config)
+    assert record._run_id(other.folder) != before
+    shutil.rmtree(run.folder)
+    Run(run.folder, run.config)
+    assert record._run_id(run.folder) != before
+
+# --- trackers
+
+class Fake(types.SimpleNamespace):
+    "What our three trackers call, written down; `fail` raises or hangs in the call of that name"
+    def __init__(self, fail='', how=None):
+        super().__init__(calls=[], fail=fail, how=how, summary={})
+        self.wandb = types.SimpleNamespace(init=self.init, Settings=dict, login=lambda prompt: True, api=None,
+                                           setup=lambda: types.SimpleNamespace(settings=types.SimpleNamespace(mode='online')))
+        self.trackio = types.SimpleNamespace(init=self.init)
+        self.tensorboard = types.SimpleNamespace(SummaryWriter=self.init)
+    def note(self, name, *a):
+        if name == self.fail: self.how()
+        self.calls.append((name, *a))
+    def init(self, *a, **kw): self.note('init'); return self
+    def define_metric(self, *a, **kw): pass
+    def add_text(self, *a): pass
+    def log(self, metrics, step=None): self.note('log', step if step is not None else metrics['step'], metrics['loss'])
+    def add_scalar(self, name, value, step): self.note('log', step, value)
+    def finish(self, exit_code=0): self.note('finish')
+    close = finish
+    def use(self, monkeypatch, name):
+        monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard' if name == 'tensorboard' else name, getattr(self, name))
+
+def follow(folder, name, n=4, seconds=5.):
+    "Record `n` steps with a tracker; what was warned about"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        run = Run(folder, dict(lr=.1), name)
+        for step in range(n): run.log(step, loss=torch.tensor(float(step)), note='text')
+        write = run.trackers.finish
+        run.trackers.finish = lambda result: write(result, seconds)
+        assert run.finish(dict(bpb=1.)) == dict(bpb=1.) == read_result(folder)
+    assert series(read_metrics(folder), 'loss')[1] == [float(i) for i in range(n)]      # the record has all, whatever the tracker did
+    return [str(w.message) for w in caught]
+
+@pytest.mark.parametrize('name', ['wandb', 'trackio', 'tensorboard'])
+def test_a_tracker_gets_everything(tmp_path, monkeypatch, name):
+    fake = Fake(); fake.use(monkeypatch, name)
+    assert follow(tmp_path/'base/tiny', name) == []
+    assert fake.calls == [('init',), *(('log', i, float(i)) for i in range(4)), ('finish',)]
+    assert fake.summary == (dict(bpb=1.) if name == 'wandb' else {})
+
+def crash(): raise RuntimeError('the network is gone')
+def leave(): raise SystemExit(3)
+def hang(): threading.Event().wait()
+
+@pytest.mark.parametrize('name', ['wandb', 'trackio', 'tensorboard'])
+@pytest.mark.parametrize('fail', ['init', 'log', 'finish'])
+@pytest.mark.parametrize('how, says', [(crash, 'the network is gone'), (leave, '3'), (hang, 'did not finish')], ids=['crash', 'exit', 'hang'])
+def test_no_failure_of_a_tracker_stops_the_run(tmp_path, monkeypatch, name, fail, how, says):
+    Fake(fail, how).use(monkeypatch, name)
+    said = follow(tmp_path/'base/tiny', name, seconds=.1 if how is hang else 5.)
+    assert len(said) == 1 and says in said[0] and f'tracker {name} failed' in said[0] and 'metrics.jsonl has everything' in said[0]
+
+def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    said = follow(tmp_path/'run', 'wandb')
+    assert len(said) == 1 and 'pip install wandb' in said[0]
+
+def test_wandb_never_asks_a_question(tmp_path, monkeypatch):
+    fake = Fake(); fake.wandb.login = lambda prompt: False
+    fake.use(monkeypatch, 'wandb')
+    said = follow(tmp_path/'run', 'wandb')
+    assert len(said) == 1 and 'WANDB_MODE=offline' in said[0] and fake.calls == []
+
+def test_one_that_hangs_does_not_fill_the_memory_or_delay_the_others(tmp_path, monkeypatch):
+    Fake('log', hang).use(monkeypatch, 'wandb')
+    fine = Fake(); fine.use(monkeypatch, 'trackio')
+    real, sizes = record.queue.Queue, iter((20, 10_000))
+    monkeypatch.setattr(record.queue, 'Queue', lambda n: real(next(sizes)))
+    said = follow(tmp_path/'run', 'wandb,trackio', n=100, seconds=1)
+    assert len(said) == 1 and 'wandb failed: it does not keep up' in said[0] and len(fine.calls) == 102
+
+def test_a_wrong_name_touches_nothing(run):
+    run.finish(dict(bpb=1.))
+    with pytest.raises(UserError, match='--track wanbd is none of wandb, trackio, tensorboard'): Run(run.folder, dict(depth=5), 'wanbd')
+    assert read_result(run.folder) == dict(bpb=1.) and len(read_sessions(run.folder)) == 1
+
+def test_other_processes_do_not_track(tmp_path, monkeypatch):
+    monkeypatch.setenv('RANK', '1'); monkeypatch.setenv('WORLD_SIZE', '2')
+    run = Run(tmp_path/'run', {}, 'wandb')
+    run.log(1, loss=1.); run.finish({})
+    assert run.trackers.followers == [] and not (tmp_path/'run').exists()
+    with pytest.raises(UserError, match='none of'): Run(tmp_path/'run', {}, 'nobody')     # all processes say so
+
+def test_nothing_measured_starts_nothing(tmp_path, monkeypatch):
+    fake = Fake(); fake.use(monkeypatch, 'trackio')
+    t = trackers('trackio', tmp_path, {})
+    t.finish({}); t.finish({})                                                             # twice does no harm
+    assert fake.calls == []
+
+def test_an_interrupted_program_hands_over_what_it_has(tmp_path):
+    code = textwrap.dedent("""
+        import sys
+        from nanochat.record import TRACKERS, trackers
+        def tracker(folder, config, step):
+            out = open(folder/'seen', 'w')
+            return lambda step, m: out.write(f'{step} '), lambda result: (out.write(f'end {result}'), out.close())
+        TRACKERS['toy'] = tracker
+        from pathlib import Path
+        t = trackers('toy', Path(sys.argv[1]), {})
+        for i in range(50): t.log(i, dict(loss=1.))
+        raise SystemExit(143)""")
+    assert subprocess.run([sys.executable, '-c', code, tmp_path]).returncode == 143
+    assert (tmp_path/'seen').read_text() == ' '.join(map(str, range(50))) + ' end None'
+
+def test_the_real_tensorboard(tmp_path):
+    "A run that is interrupted after step 5 and goes on at step 3: each step once"
+    events = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+    for steps in (range(6), range(3, 8)):
+        t = trackers('tensorboard', tmp_path/'run', dict(lr=.1))
+        for step in steps: t.log(step, dict(loss=float(step)))
+        t.finish({})
+    got = events.EventAccumulator(str(tmp_path/'run/tensorboard')).Reload().Scalars('loss')
+    assert [(e.step, e.value) for e in got] == [(i, float(i)) for i in range(8)]
+
+def test_the_real_trackio(tmp_path, monkeypatch):
+    pytest.importorskip('trackio')
+    monkeypatch.setenv('TRACKIO_DIR', str(tmp_path/'trackio'))
+    assert follow(tmp_path/'base/tiny', 'trackio', seconds=60) == []
+
+# --- pictures
+
+def test_a_sheet_of_a_run(run):
+    plt = pytest.importorskip('matplotlib.pyplot'); plt.switch_backend('agg')
+    for step in range(5, 9): run.log(step, loss=math.nan, grad_norm=2., lr=.5, tokens_per_s=100., val_loss=2.)
+    run.finish(dict(marks={'ln V': 5.5}))
+    fig = plot_run(run.folder, beside=read_metrics(run.folder), title='A finding')
+    fig.canvas.draw()
+    assert [ax.get_ylabel() for ax in fig.axes] == list(PANELS.values()) and [t.get_text() for t in fig.axes[0].texts] == ['ln V']
+    assert fig.axes[0].get_legend_handles_labels()[1] == ['another run', 'loss', 'val_loss']
+    plot_run({}).canvas.draw()
+    plt.close('all')
+
+def test_live_plot_in_a_real_kernel(tmp_path):
+    "A cell trains a toy: one output, changed in place, and at the end it shows the whole record"
+    nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient'); pytest.importorskip('matplotlib'); pytest.importorskip('ipykernel')
+    train = f"""
+        import torch
+        from nanochat.record import LivePlot, Run, plot_loss, read_metrics
+        run, live = Run({str(tmp_path/'toy')!r}, {{}}), LivePlot({str(tmp_path/'toy')!r}, {{'floor': 0.}}, every=0)
+        w = torch.zeros(3, requires_grad=True); opt = torch.optim.SGD([w], .1)
+        for step in range(4):
+            loss = (w - 1).square().sum(); opt.zero_grad(); loss.backward(); opt.step()
+            run.log(step, loss=loss)
+            assert live.update()"""
+    show = f"""
+        import matplotlib.pyplot as plt
+        ax = plot_loss(None, read_metrics({str(tmp_path/'toy')!r}), {{'floor': 0.}}); plt.close(ax.figure)
+        display(ax.figure)"""
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(textwrap.dedent(s)) for s in (train, show)])
+    class Client(nbclient.NotebookClient):
+        kinds = []
+        def process_message(self, msg, cell, index):
+            self.kinds.append(msg['msg_type'])
+            return super().process_message(msg, cell, index)
+    Client(nb, timeout=100, kernel_name='python3').execute()
+    live, last = (c.outputs for c in nb.cells)
+    assert Client.kinds.count('update_display_data') == 3 and len(live) == 1
+    assert live[0].data['image/png'] == last[0].data['image/png']
