@@ -19,7 +19,7 @@ from .common import UserError, all_sum, differences, from_all, on_rank_0, progre
 from .head import lm_loss
 from .precision import LossScaler
 from .scaling import set_schedule, share_of_rank
-from .record import Run, finished
+from .record import Run, finished, tracker_names
 
 # %% ../nbs/34_train.ipynb #train-step
 def train_step(
@@ -98,11 +98,13 @@ def start_run(
     folder, # of the run
     config:dict, # everything that decides its outcome
     force:bool=False, # throw away what is there
+    track:str|None=None, # trackers that follow the record: 'wandb', 'trackio', 'tensorboard', or several with commas
 ) -> tuple: # (Run, None) to train, or (None, result) when the same run is finished
     "Open a run folder: new, interrupted with the same settings, or finished."
+    tracker_names(track)                                                     # a wrong name is said before anything is thrown away
     folder = Path(folder)
     result = on_rank_0(lambda: _prepared(folder, config, force))             # one process looks, and tells the others
-    return (None, result) if result is not None else (Run(folder, config), None)
+    return (None, result) if result is not None else (Run(folder, config, track), None)
 
 # %% ../nbs/34_train.ipynb #snapshot
 CLOCK = ('step', 'seconds', 'tokens', 'skipped')
@@ -172,11 +174,11 @@ class Loop:
         limit = spike_limit(self.recent)
         loss, n, moved = self._fitting(batches, limit)
         synchronize(self.model.device)
-        took = time.perf_counter() - t
+        took = max(time.perf_counter() - t, 1e-9)                         # a clock may stand still
         self.in_a_row = 0 if moved else self.in_a_row + 1
         self.step, self.seconds, self.tokens, self.skipped = self.step + 1, self.seconds + took, self.tokens + n, self.skipped + (not moved)
         metrics = dict(loss=loss, lr=rate, grad_norm=self.optimizer.grad_norm, tokens=self.tokens, seconds=self.seconds, tokens_per_s=n/took,
-                       loader_share=waited/took)
+                       data_seconds=waited)
         if self.peak: metrics['mfu'] = n/took * self.model.flops_per_token() / self.peak
         self.run.log(self.step, **metrics)
         if n and not moved: self._bad(loss, limit, batches)

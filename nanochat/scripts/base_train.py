@@ -157,7 +157,7 @@ def dial_settings(
 def base_train(
     depth:int=4, data:str='tinyworld', tag:str='tiny', tokenizer:str|None=None, max_len:int=512, eval_every:int=100,
     save_every:int=100, eval_tokens:int=10_000, seed:int=0, device:str='auto', precision:str='auto', attention:str='auto', force:bool=False,
-    compiled:bool=False, on_bad:str='skip', dry_run:bool=False, keep:int=2, sample_every:int=0,
+    compiled:bool=False, on_bad:str='skip', dry_run:bool=False, keep:int=2, sample_every:int=0, track:str|None=None,
     hooks=(), # (every, f) pairs: f(model, tokenizer, step) → dict, each so many steps and at the end
     on_step=None, # (step, metrics) → anything, after each step: plots in a notebook
     **overrides, # tokens, steps, tokens_per_param, flops, device_batch, and every number of the Recipe
@@ -172,7 +172,7 @@ def base_train(
     if dry_run: return rehearse(r, source, run_dir('base', tag), device, precision)
     first = ranks().rank == 0
     with join_ranks(device), lock(folder := run_dir('base', tag)):
-        run, result = start_run(folder, config, force)
+        run, result = start_run(folder, config, force, track)
         if first: print(f'already finished: base {tag}' if result else explain(r))
         if result: return result
         model, optimizer, loader = set_up(source, tok, r, seed, device, precision, attention, compiled)
@@ -212,6 +212,7 @@ def main(
     compiled:bool=False, # compile the blocks: faster after a minute, needs a C++ compiler on a CPU
     on_bad:str='skip', # a step with a loss spike or without a finite gradient: skip it, stop, or rollback to the last checkpoint
     dry_run:bool=False, # print the plan, check data, memory and disk, and train nothing
+    track:str|None=None, # follow the run with wandb, trackio or tensorboard too (several: commas); a failure of theirs never stops it
     force:bool=False, # replace a run of other settings
 ):
     "Pretrain a model. Run again to go on after an interruption; a finished run is not repeated. Ends with 0 when finished, 1 after a mistake, 130 and 143 when Ctrl-C or SIGTERM stopped it after saving."
@@ -219,5 +220,5 @@ def main(
         own = dict(tokens=tokens, steps=steps, tokens_per_param=tokens_per_param, flops=flops, batch_tokens=batch_tokens, device_batch=device_batch,
                    matrix_lr=matrix_lr, embedding_lr=embedding_lr)
         return print_result(base_train(depth, data, tag, tokenizer, max_len, eval_every, save_every, seed=seed, device=device, precision=precision,
-            attention=attention, force=force, compiled=compiled, on_bad=on_bad, dry_run=dry_run, keep=keep, sample_every=sample_every,
+            attention=attention, force=force, compiled=compiled, on_bad=on_bad, dry_run=dry_run, keep=keep, sample_every=sample_every, track=track,
             **{**own, **dial_settings(dial)}))
