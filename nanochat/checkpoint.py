@@ -385,22 +385,29 @@ class Saver:
         try: self.close()                                      # the first error is the one to hear about
         except Exception as e: warnings.warn(f'{e}')
 
+# %% ../nbs/32_checkpoint.ipynb #wanted
+def _wanted(run, step):
+    "The checkpoint folder of a step, the best one, or the newest"
+    found, step = _found(run), int(step) if str(step).isdecimal() else step
+    if step in (None, 'best'):
+        path = latest(run) if step is None else best(run)
+        if path is None: raise UserError(f"{run} has no whole checkpoint{' with a score' if step else ''}: train it first, or give another --tag")
+        return path
+    if step not in found: raise UserError(f"{run} has no checkpoint of step {step}: there are {', '.join(map(str, found)) or 'none'}")
+    return found[step]
+
 # %% ../nbs/32_checkpoint.ipynb #load-model
 def load_model(
     stage:str, # 'base', 'sft', ...
     tag:str, # of the run
-    step:int|None=None, # None: the newest whole checkpoint
+    step:int|str|None=None, # its number; 'best': the one with the lowest score; None: the newest whole one
     device='auto',
     tok:Tokenizer|None=None, # None: the one whose tag the checkpoint names
 ) -> tuple: # (model in eval mode, tokenizer, manifest)
     "Model and tokenizer of a run. UserError if there is none, if a file is damaged, or if the tokenizer is another one"
     run, device = run_dir(stage, tag), pick_device(device)
-    found = _found(run)
-    if step is not None and step not in found:
-        raise UserError(f"{run} has no checkpoint of step {step}: there are {', '.join(map(str, found)) or 'none'}")
-    path = latest(run) if step is None else found[step]
-    if path is None: raise UserError(f'{run} has no whole checkpoint: train it first, or give another --tag')
-    saved = load_checkpoint(path, device, optimizer=False, verified=step is None)
+    path = _wanted(run, step)
+    saved = load_checkpoint(path, device, optimizer=False, verified=step in (None, 'best'))
     manifest = saved['manifest']
     if tok is None: tok = Tokenizer.load(base_dir()/'tokenizer'/manifest['tokenizer'])
     if tok.hash != manifest['tokenizer_hash']:

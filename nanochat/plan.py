@@ -485,14 +485,13 @@ def _cost(cfg, r, device, gpus, precision, price, share, measured):
                 hours=hours, price_per_hour=price, price_source=source, dollars=None if None in (hours, price) else hours*gpus*price)
 
 # %% ../nbs/31b_plan.ipynb #commands
-_FLAGS = ('tokens', 'steps', 'batch_tokens', 'matrix_lr', 'embedding_lr')      # numbers of a recipe that base_train takes
+_FLAGS = ('tokens', 'steps', 'tokens_per_param', 'flops', 'batch_tokens', 'matrix_lr', 'embedding_lr')      # numbers of a recipe that base_train takes
 
 def _commands(r, data, gpus, precision, tag, shards, wishes):
     "What to type, in order"
     python = 'python -m nanochat.scripts'
     fetch = [f'{python}.data fetch --source {data} --shards {shards}'] if shards else []
     prepare = [f'{python}.data prepare --source {data}'] if shards or data == 'tinyworld' else []
-    if 'tokens_per_param' in wishes: wishes = {**wishes, 'steps': r.steps, 'batch_tokens': r.batch_tokens}      # no flag of base_train
     flags = ' '.join(f'--{k.replace("_", "-")} {wishes[k]}' for k in _FLAGS if k in wishes)
     start = f'torchrun --standalone --nproc-per-node {gpus} -m nanochat.scripts' if gpus > 1 else python
     train = f'{start}.base_train --depth {r.depth} --data {data} --tag {tag} --max-len {r.max_len} {flags} --device-batch {r.device_batch} --precision {precision}'
@@ -501,12 +500,12 @@ def _commands(r, data, gpus, precision, tag, shards, wishes):
 # %% ../nbs/31b_plan.ipynb #notes
 def _notes(device, gpus, data, asked, text, wishes):
     "What a reader should know beside the numbers"
-    odd = [k for k in wishes if k not in (*_FLAGS, 'tokens_per_param')]
+    odd = [k for k in wishes if k not in _FLAGS]
     notes = {f'the time for {gpus} GPUs leaves out what they say to each other': gpus > 1,
              f'{device.name} has no bf16: --precision fp16 multiplies {(device.fp16 or 0)/(device.fp32 or 1):.0f} times as fast as fp32': asked == 'auto' and device.fp16 and not device.bf16,
              f'the text of {data} is read {text["epochs"] or 0:.1f} times': (text['epochs'] or 0) > 1.05,
              f'there is no folder {data} yet: prepare it before': text['epochs'] is None and data != 'tinyworld',
-             f'base_train has no flag for {", ".join(odd)}: call it from Python': odd}
+             f'base_train has no flag for {", ".join(odd)}: pass --dial {",".join(f"{k}={wishes[k]}" for k in odd)}': odd}
     return [note for note, holds in notes.items() if holds]
 
 # %% ../nbs/31b_plan.ipynb #possible

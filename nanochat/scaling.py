@@ -9,11 +9,12 @@ __all__ = ['TOKENS_PER_PARAM', 'MIN_BATCH', 'MAX_BATCH', 'FORGETTING', 'MATRIX_L
 
 # %% ../nbs/31_scaling.ipynb #imports
 import difflib, math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
+import torch
 
 # %% ../nbs/31_scaling.ipynb #imports-project
 from .common import UserError
-from .gpt import GPTConfig
+from .gpt import GPT, GPTConfig
 
 # %% ../nbs/31_scaling.ipynb #scaling-params
 def scaling_params(
@@ -77,7 +78,7 @@ def muon_momentum(
     return (1 - share) * low + share * high
 
 # %% ../nbs/31_scaling.ipynb #recipe-class
-def _why(reason): return field(metadata=dict(why=reason))
+def _why(reason, default=MISSING): return field(default=default, metadata=dict(why=reason))
 
 @dataclass
 class Recipe:
@@ -112,6 +113,10 @@ class Recipe:
     momentum_warm_steps:int = _why('from 0.85: early gradients are soon out of date; 300, or a quarter of the run')
     adam_betas:tuple = _why('averages 5 gradients, 20 squares: rows of rare tokens see few')
     adam_eps:float = _why('below any gradient that matters')
+    clip_norm:float = _why('longest gradient; 0: not clipped', 0.)
+    equilibrate:bool = _why('rows of a gradient to one length before Muon: off, no gain measured', False)
+    neuron_beta:float = _why('evens the steps of neurons after Muon: 0 is off, no gain measured', 0.)
+    cautious:bool = _why('decay only where it agrees with the step', True)
     by_hand:tuple = ()
 
     def to_dict(self) -> dict:
@@ -120,21 +125,27 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, d:dict) -> 'Recipe':
-        "What `to_dict` wrote. Unknown or missing names raise UserError"
+        "What `to_dict` wrote; what an older version did not know is off. Unknown or missing names raise UserError"
+        d = {**{f.name: f.default for f in fields(cls) if f.default is not MISSING}, **d}
         odd = d.keys() ^ {f.name for f in fields(cls)}
         if odd: raise UserError(f"This recipe was written by another version of nanochat: {', '.join(sorted(odd))} unknown or missing")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
 
 # %% ../nbs/31_scaling.ipynb #horizon
-def _horizon(params, tokens, steps, tokens_per_param):
-    "Tokens that the batch is chosen for"
-    given = [name for name, x in (('tokens', tokens), ('steps', steps), ('tokens_per_param', tokens_per_param)) if x is not None]
+def _horizon(params, flops_per_token, **given):
+    "Tokens that the batch is chosen for, from one of tokens, steps, tokens_per_param, flops, or none"
+    given = {name: x for name, x in given.items() if x is not None}
     if len(given) > 1: raise UserError(f"Give one of {' and '.join(given)}, not {len(given)}: they say the same thing")
-    for name, x in (('tokens', tokens), ('steps', steps), ('tokens_per_param', tokens_per_param)):
-        if x is not None and not x > 0: raise UserError(f'{name} must be above 0, not {x}')
-    if tokens is not None: return tokens
     full = TOKENS_PER_PARAM * params
-    return full * min(1, steps / 2000) if steps is not None else (tokens_per_param or TOKENS_PER_PARAM) * params
+    for name, x in given.items():
+        if not x > 0: raise UserError(f'{name} must be above 0, not {x}')
+        return {'tokens': lambda: x, 'steps': lambda: full * min(1, x / 2000), 'tokens_per_param': lambda: x * params,
+                'flops': lambda: x / flops_per_token()}[name]()
+    return full
+
+def _flops_per_token(depth, vocab_size, max_len, o):
+    "Of the model that this recipe would train; counted on a model without weights"
+    with torch.device('meta'): return GPT(gpt_config(recipe(depth, vocab_size, max_len, tokens=1, **o))).flops_per_token()
 
 # %% ../nbs/31_scaling.ipynb #rows
 def _rows(batch_tokens, max_len, device_batch, exact):
@@ -187,9 +198,9 @@ def _rates(n_embd, steps, matrix_lr):
 
 def _sane(r):
     "The recipe itself, if its rates and shares are possible"
-    for name in ('warmdown_ratio', 'final_lr_frac', 'momentum'):
+    for name in ('warmdown_ratio', 'final_lr_frac', 'momentum', 'neuron_beta'):
         if not 0 <= getattr(r, name) <= 1: raise UserError(f'{name} must lie between 0 and 1, not {getattr(r, name)}')
-    for name in ('matrix_lr', 'embedding_lr', 'head_lr', 'scalar_lr', 'weight_decay'):
+    for name in ('matrix_lr', 'embedding_lr', 'head_lr', 'scalar_lr', 'weight_decay', 'clip_norm'):
         if not 0 <= getattr(r, name) < math.inf: raise UserError(f'{name} must be 0 or more, not {getattr(r, name)}')
     return r
 
@@ -198,9 +209,10 @@ def recipe(
     depth:int, # layers; everything else follows
     vocab_size:int, # from the tokenizer
     max_len:int=512, # longest sequence
-    *, tokens:float|None=None, # length of the run: one of these three, or none for 10.5 tokens per parameter
+    *, tokens:float|None=None, # length of the run: one of these four, or none for 10.5 tokens per parameter
     steps:int|None=None,
     tokens_per_param:float|None=None,
+    flops:float|None=None, # operations of the whole run, forward and backward
     device_batch:int|None=None, # rows at a time
     **overrides, # any other field of Recipe
 ) -> Recipe:
@@ -208,7 +220,8 @@ def recipe(
     o = _known(overrides, depth=depth, vocab_size=vocab_size, max_len=max_len, steps=steps, device_batch=device_batch)
     shape = _shape(depth, vocab_size, max_len, o)
     params = scaling_params(depth, shape['n_embd'], vocab_size, shape['n_kv_head'] / shape['n_head'])
-    horizon = _horizon(params, tokens, steps, tokens_per_param)
+    horizon = _horizon(params, lambda: _flops_per_token(depth, vocab_size, max_len, o),
+                       tokens=tokens, steps=steps, tokens_per_param=tokens_per_param, flops=flops)
     rows, device_batch = _rows(o.get('batch_tokens') or batch_for(horizon), max_len, device_batch, 'batch_tokens' in o)
     steps = steps or max(1, round(horizon / (rows * max_len)))
     length = dict(tokens=steps * rows * max_len, batch_tokens=rows * max_len, device_batch=device_batch, steps=steps,

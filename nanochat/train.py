@@ -19,7 +19,7 @@ from .common import UserError, all_sum, differences, from_all, on_rank_0, progre
 from .head import lm_loss
 from .precision import LossScaler
 from .scaling import set_schedule, share_of_rank
-from .record import Run, finished
+from .record import Run, finished, tracker_names
 
 # %% ../nbs/34_train.ipynb #train-step
 def train_step(
@@ -98,11 +98,13 @@ def start_run(
     folder, # of the run
     config:dict, # everything that decides its outcome
     force:bool=False, # throw away what is there
+    track:str|None=None, # trackers that follow the record: 'wandb', 'trackio', 'tensorboard', or several with commas
 ) -> tuple: # (Run, None) to train, or (None, result) when the same run is finished
     "Open a run folder: new, interrupted with the same settings, or finished."
+    tracker_names(track)                                                     # a wrong name is said before anything is thrown away
     folder = Path(folder)
     result = on_rank_0(lambda: _prepared(folder, config, force))             # one process looks, and tells the others
-    return (None, result) if result is not None else (Run(folder, config), None)
+    return (None, result) if result is not None else (Run(folder, config, track), None)
 
 # %% ../nbs/34_train.ipynb #snapshot
 CLOCK = ('step', 'seconds', 'tokens', 'skipped')
@@ -159,7 +161,7 @@ class Loop:
         self.step, self.seconds, self.tokens, self.skipped = (state[k] for k in CLOCK)
         self.micro_batches = share_of_rank(recipe, ranks().world_size)[1]
         self.in_a_row, self.recent, self.pieces, self.on_bad, self.peak, self.rollbacks = 0, state.get('recent', []), 1, on_bad, peak, 0
-        self.saver, self.saved = None, None                              # a `Saver` on the first process; the step that was saved last
+        self.saver, self.saved, self.keep = None, None, 2                # a `Saver` on the first process; the step that was saved last
         self.scaler = LossScaler() if model.dtype == torch.float16 else None
         if self.scaler and state.get('scaler'): self.scaler.load_state_dict(state['scaler'])
 
@@ -168,17 +170,19 @@ class Loop:
         t = time.perf_counter()
         rate = set_schedule(self.optimizer, self.recipe, self.step)['lr_multiplier']
         batches = [next(self.loader) for _ in range(self.micro_batches)]
+        waited = time.perf_counter() - t
         limit = spike_limit(self.recent)
         loss, n, moved = self._fitting(batches, limit)
         synchronize(self.model.device)
-        took = time.perf_counter() - t
+        took = max(time.perf_counter() - t, 1e-9)                         # a clock may stand still
         self.in_a_row = 0 if moved else self.in_a_row + 1
         self.step, self.seconds, self.tokens, self.skipped = self.step + 1, self.seconds + took, self.tokens + n, self.skipped + (not moved)
-        metrics = dict(loss=loss, lr=rate, grad_norm=self.optimizer.grad_norm, tokens=self.tokens, seconds=self.seconds, tokens_per_s=n/took)
+        metrics = dict(loss=loss, lr=rate, grad_norm=self.optimizer.grad_norm, tokens=self.tokens, seconds=self.seconds, tokens_per_s=n/took,
+                       data_seconds=waited)
         if self.peak: metrics['mfu'] = n/took * self.model.flops_per_token() / self.peak
         self.run.log(self.step, **metrics)
         if n and not moved: self._bad(loss, limit, batches)
-        self.recent = [*self.recent, loss][-50:]
+        if moved: self.recent = [*self.recent, loss][-50:]                # what was left out says nothing about the next limit
         return metrics
 
     def _fitting(self, batches, limit):
@@ -213,7 +217,7 @@ class Loop:
         "Checkpoint everything that the next step reads."
         clock = dict(zip(CLOCK, (self.step, self.seconds, self.tokens, self.skipped)), recent=self.recent,
                      scaler=self.scaler and self.scaler.state_dict())
-        save_snapshot(self.run, self.step, self.model, self.optimizer, self.loader, self.tokenizer, clock, saver=self.saver)
+        save_snapshot(self.run, self.step, self.model, self.optimizer, self.loader, self.tokenizer, clock, self.keep, self.saver)
         self.saved = self.step
 
     def judge(self, scores):
@@ -222,6 +226,15 @@ class Loop:
         score = next((scores[k] for k in ('val_bpb', 'val_loss') if k in scores), None)
         if self.saver and self.saved == self.step and score is not None: self.saver.score(self.step, score)
         return scores
+
+    def look(self, f) -> dict:
+        "What `f` (step → dict) saw, recorded; an error in it is a warning: nobody loses a run to a look at it"
+        try: seen = f(self.step)
+        except Exception as e:
+            warnings.warn(f'step {self.step}: {getattr(f, "__name__", f)} failed ({type(e).__name__}: {e}); training goes on')
+            return {}
+        self.run.log(self.step, **seen)
+        return seen
 
     def summary(self) -> dict:
         "What the run has come to."
@@ -239,11 +252,14 @@ def train(
     evaluate=None, # step → dict of numbers
     eval_every:int=0, save_every:int=0, # in steps; 0: only at the end
     on_step=None, # (step, metrics) → anything; called after each step
+    hooks=(), # (every, f) pairs: each so many steps and at the end `f` (step → dict) looks at the run; its dict is recorded
     on_bad:str='skip', # a step with a spike, or without a finite gradient: skip it, stop, or rollback
+    keep:int=2, # newest checkpoints that stay, beside the best one; 0 keeps all
     peak:float|None=None, # FLOP/s of all devices together, for the share that is reached
 ) -> dict: # steps, tokens, seconds, skipped, train_loss, and the last evaluation
     "Train until `recipe.steps`, from the newest checkpoint of the run if there is one."
     loop, scores = Loop(model, optimizer, loader, recipe, run, tokenizer, on_bad, peak), {}
+    loop.keep, seen = keep, {}
     saver = Saver(run.folder) if ranks().rank == 0 else nullcontext()
     with saver as loop.saver, interruptible() as pending, progress(total=recipe.steps, desc=run.folder.parent.name, unit='step') as bar:
         bar.update(loop.step)
@@ -258,5 +274,6 @@ def train(
             if stop or due(save_every): loop.save()
             if stop: leave(pending or [signal.SIGTERM])
             if evaluate and due(eval_every): scores = loop.judge(evaluate(loop.step))
+            for every, f in hooks: seen.update(loop.look(f) if due(every) else {})
         if evaluate and not scores: scores = loop.judge(evaluate(loop.step))     # nothing was left to train
-    return {**loop.summary(), **scores}
+    return {**loop.summary(), **scores, **seen}

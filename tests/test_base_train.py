@@ -78,3 +78,27 @@ def test_cut_keeps_every_row(pieces):
 def test_compiled_blocks_train_as_eager_ones(micro):
     eager, fast = (result(script('base_train', *MICRO, '--tag', f'c{len(flag)}', *flag, base=micro)) for flag in ([], ['--compiled']))
     assert abs(fast['val_bpb'] / eager['val_bpb'] - 1) < 1e-2
+
+def test_every_number_of_the_dial_and_every_look_from_the_command_line(micro):
+    out = result(script('base_train', *MICRO, '--tag', 'dialled', '--dial', 'mask_docs=true,clip_norm=0.5,adam_betas=[0.7,0.9]', '--sample-every', '15',
+                        '--save-every', '5', '--keep', '0', base=micro))
+    asked = json.loads((micro/'base'/'dialled'/'config.json').read_text())['recipe']
+    assert (asked['mask_docs'], asked['clip_norm'], asked['adam_betas']) == (True, .5, [.7, .9])
+    assert set(asked['by_hand']) >= {'mask_docs', 'clip_norm', 'adam_betas'}
+    lines = [json.loads(line) for line in (micro/'base'/'dialled'/'metrics.jsonl').read_text().splitlines()]
+    assert [r['step'] for r in lines if 'samples' in r] == [15, 30, 40] and out['samples'] == lines[-1]['samples'] and len(out['samples']) == 3
+    assert all(0 <= r['data_seconds'] < 1 for r in lines if 'loss' in r)
+    assert len(list((micro/'base'/'dialled'/'checkpoints').glob('step-*'))) == 8
+
+@pytest.mark.parametrize('flags, says', [(['--dial', 'clip=1'], "no setting 'clip': did you mean clip_norm?"), (['--dial', 'deep'], "'deep' is not name=value"),
+    (['--flops', '1e9'], 'Give one of steps and flops'), (['--dial', 'clip_norm=-1'], 'clip_norm must be 0 or more')])
+def test_a_dial_that_cannot_be(micro, flags, says):
+    out = script('base_train', *MICRO, '--tag', 'odd', *flags, base=micro)
+    assert out.returncode == 1 and says in out.stderr and 'Traceback' not in out.stderr
+
+def test_the_best_checkpoint_is_what_best_loads(micro):
+    assert script('base_train', *MICRO, '--tag', 'judged', '--eval-every', '10', '--save-every', '10', base=micro).returncode == 0
+    step = lambda path: int(path.name[5:])
+    scores = {step(p.parent): json.loads(p.read_text())['score'] for p in (micro/'base'/'judged'/'checkpoints').glob('step-*/manifest.json')}
+    out = result(script('base_eval', '--tag', 'judged', '--step', 'best', '--tokens', '2000', '--samples', '0', base=micro))
+    assert out['step'] == min(scores, key=scores.get) and all(s is not None for s in scores.values())

@@ -30,6 +30,19 @@ def test_every_depth(vocab, max_len):
         assert Recipe.from_dict(json.loads(json.dumps(r.to_dict()))) == r
         last = r
 
+@pytest.mark.parametrize('how', [dict(window_pattern='SSL'), dict(n_kv_head=2), dict(head_dim=32, n_head=4)])
+def test_operations_are_those_of_the_model_that_is_trained(how):
+    r = recipe(4, 1000, flops=1e13, batch_tokens=512, **how)
+    with torch.device('meta'): each = GPT(gpt_config(r)).flops_per_token()
+    assert abs(r.tokens * each / 1e13 - 1) < 512 * each / 1e13
+
+@pytest.mark.parametrize('depth', range(1, 41))
+def test_every_line_of_the_table_has_its_reason(depth):
+    lines = explain(r := recipe(depth, 32_768, 2048, head_lr=.001)).splitlines()
+    assert [line.split()[0] for line in lines] == [name for name in r.to_dict() if name != 'by_hand']
+    assert all(len(line[20:].strip().split(None, 1)[1]) > 3 for line in lines)
+    assert [line.split()[0] for line in lines if line.endswith('set by hand')] == ['head_lr']
+
 @pytest.mark.parametrize('depth', [1, 3, 4])
 def test_counted_parameters_are_the_models(depth):
     with torch.device('meta'): n = GPT(gpt_config(recipe(depth, 1000))).num_params()
@@ -41,6 +54,8 @@ def test_spellings_of_the_length_agree(depth):
     params = scaling_params(depth, 64 * depth, 4096)
     assert recipe(depth, 4096, tokens=r.tokens) == recipe(depth, 4096, tokens_per_param=r.tokens / params) == r
     assert recipe(depth, 4096, tokens_per_param=TOKENS_PER_PARAM) == r
+    with torch.device('meta'): operations = r.tokens * GPT(gpt_config(r)).flops_per_token()
+    assert recipe(depth, 4096, flops=operations) == r
     by_steps = recipe(depth, 4096, steps=r.steps)
     assert by_steps.steps == r.steps and (r.steps < 2000 or by_steps == r)
 

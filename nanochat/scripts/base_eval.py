@@ -55,7 +55,7 @@ def write(
 
 # %% ../../nbs/52_base_eval.ipynb #base-eval
 def base_eval(
-    tag:str='tiny', stage:str='base', step:int|None=None, data:str|None=None, tokens:int=100_000, samples:int=3, begin:str='',
+    tag:str='tiny', stage:str='base', step:int|str|None=None, data:str|None=None, tokens:int=100_000, samples:int=3, begin:str='',
     max_tokens:int=48, temperature:float=.8, seed:int=0, device:str='auto',
 ) -> dict: # bpb, floor, hard and easy documents, samples
     "Bits per byte of a checkpoint on the validation split, and what it writes."
@@ -99,7 +99,7 @@ def show(result) -> str:
 def main(
     tag:str='tiny', # name of the run
     stage:str='base', # base or sft
-    step:int|None=None, # checkpoint; the newest if not given
+    step:str|None=None, # checkpoint: its number, or best; the newest if not given
     data:str|None=None, # name of a data folder; what the run was trained on if not given
     tokens:int=100_000, # of the validation split
     samples:int=3, # texts that the model writes from nothing

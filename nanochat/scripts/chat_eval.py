@@ -63,7 +63,7 @@ def pick_samples(rows, wrong_each=2) -> list:
 
 # %% ../../nbs/51_chat_eval.ipynb #chat-eval
 def chat_eval(
-    tag:str='tiny', stage:str='sft', step:int|None=None, share:float=1., seed:int=0, device:str='auto',
+    tag:str='tiny', stage:str='sft', step:int|str|None=None, share:float=1., seed:int=0, device:str='auto',
 ) -> dict: # kinds with their scores, seconds, samples
     "Give the tiny world's exam to a checkpoint."
     single_process('chat_eval')
@@ -85,7 +85,7 @@ def chat_eval(
 def main(
     tag:str='tiny', # name of the run to examine
     stage:str='sft', # base or sft
-    step:int|None=None, # checkpoint; the newest if not given
+    step:str|None=None, # checkpoint: its number, or best; the newest if not given
     share:float=1., # share of the exam to ask, for a quick look
     seed:int=0, # of the exam
     device:str='auto', # cpu, cuda, mps, or auto

@@ -62,9 +62,10 @@ def main(
     precision:str='auto', # fp32, bf16, fp16, fp8, fp8_blocks, nvfp4; auto: bf16 where the chip has it, else fp32
     max_len:int|None=None, # longest sequence, in tokens; 2048, on a CPU 512
     vocab_size:int|None=None, # of the tokenizer; what suits the depth if it is not given
-    tokens:int|None=None, # length of the run in tokens; 10.5 per parameter if neither this nor the next two are given
+    tokens:int|None=None, # length of the run in tokens; 10.5 per parameter if neither this nor one of the next three is given
     steps:int|None=None, # length of the run in steps
     tokens_per_param:float|None=None, # length of the run in tokens per parameter of matrices and head
+    flops:float|None=None, # length of the run in operations, such as 1e18
     batch_tokens:int|None=None, # tokens of one step
     device_batch:int|None=None, # rows at a time; the most that fit if it is not given
     price:float|None=None, # dollars for a GPU and an hour
@@ -76,5 +77,5 @@ def main(
     "What a run will need and cost: parameters, memory, tokens, shards, hours, dollars, and the commands. Nothing is trained or written."
     with as_command():
         return print_result(run_plan(depth, device, gpus, data, precision, max_len, vocab_size, probe, tokens=tokens, steps=steps,
-            tokens_per_param=tokens_per_param, batch_tokens=batch_tokens, device_batch=device_batch, price=price, efficiency=efficiency,
+            tokens_per_param=tokens_per_param, flops=flops, batch_tokens=batch_tokens, device_batch=device_batch, price=price, efficiency=efficiency,
             bytes_per_token=bytes_per_token, tag=tag))
