@@ -114,4 +114,4 @@ def run_tool(
     except ToolError as e: return f'error: {e}'
     except Exception as e: return f'error: {type(e).__name__}'      # a bug in a tool ends a call, not a conversation
 
-TOOLS = {'python': calculate}
+TOOLS = {'calculator': calculate}
