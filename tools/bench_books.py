@@ -1,12 +1,14 @@
 """Real text, equal work: nine public-domain books, depth 4, V = 4,096, T = 512, 150 steps of 8,192 tokens.
 
     python tools/bench_books.py --out books.json --seeds 3        reads $NANOCHAT_SHARED_DATA/text; 7 to 15 minutes a seed on two cores
+    python tools/bench_books.py --dial clip_norm=0.3              the same with another number of the dial
 
 Training documents are pieces of about 3,000 characters, cut at paragraph ends and shuffled; validation is five other books, all of them,
 in bits per byte. Each finished run is written at once; run it again to go on. For comparison, measured on another day on a like machine: the
 reference system with its own recipe reached 1.967 after 100 steps and 1.922 after 150, at about 2,850 tokens/s (one run each).
 """
 import argparse, gzip, json, os, random, tempfile, time
+from collections import Counter
 from pathlib import Path
 import torch
 from nanochat.common import environment, read_json, seed_everything, write_json
@@ -16,6 +18,7 @@ from nanochat.gpt import GPT
 from nanochat.head import bits_per_byte
 from nanochat.optim import make_optimizer
 from nanochat.scaling import gpt_config, recipe, set_schedule
+from nanochat.scripts.base_train import dial_settings
 from nanochat.tokenizer import train_bpe
 from nanochat.train import train_step
 
@@ -35,27 +38,39 @@ def books(name):
     if not path.exists(): raise SystemExit(f'error: {path} is missing: set NANOCHAT_SHARED_DATA to the folder of real files')
     with gzip.open(path, 'rt', encoding='utf-8') as f: return [p for line in f for p in pieces(json.loads(line)['text'])]
 
-def one_run(folder, tok, seed, steps, at):
-    "Bits per byte on all of the validation text after the steps of `at`, tokens a second, and seconds until the first update"
-    start, r = time.perf_counter(), recipe(4, tok.n_vocab, 512, steps=steps, batch_tokens=8192, device_batch=8)
+def timed(f, spent, name):
+    "`f`, its seconds added to `spent`"
+    def g(*args):
+        t = time.perf_counter()
+        out = f(*args)
+        spent[name] += time.perf_counter() - t
+        return out
+    return g
+
+def one_run(folder, tok, seed, steps, at, dial):
+    "Bits per byte on all of the validation text after the steps of `at`, tokens a second, shares of a step, and seconds until the first update"
+    start, r = time.perf_counter(), recipe(4, tok.n_vocab, 512, **{**dict(steps=steps, batch_tokens=8192, device_batch=8), **dial})
     seed_everything(seed)
     model = GPT(gpt_config(r))
     optimizer, sizes = make_optimizer(model, r), torch.as_tensor(tok.token_bytes())
     loader, seconds, bpb, first = PretrainLoader(folder, 'train', tok, r.device_batch, r.max_len, seed=seed), 0., {}, None
+    spent = Counter()
+    optimizer.step, fetch = timed(optimizer.step, spent, 'optimizer'), timed(lambda: [next(loader) for _ in range(r.grad_accum)], spent, 'loader')
     for step in range(steps):
         t = time.perf_counter()
         set_schedule(optimizer, r, step)
-        train_step(model, optimizer, [next(loader) for _ in range(r.grad_accum)])
+        train_step(model, optimizer, fetch())
         seconds += time.perf_counter() - t
         first = first or time.perf_counter() - start
         if step + 1 in at: bpb[step + 1] = bits_per_byte(model, val_batches(folder, tok, 8, r.max_len), sizes)['bpb']
-    return dict(bpb=bpb, tokens_per_s=steps * 8192 / seconds, seconds_to_first_update=first, params=model.num_params()['total'])
+    return dict(bpb=bpb, tokens_per_s=steps * 8192 / seconds, shares={name: s / seconds for name, s in spent.items()}, seconds_to_first_update=first, params=model.num_params()['total'])
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--out', default='books.json', help='where to write, and what to go on from')
     p.add_argument('--seeds', type=int, default=3)
     p.add_argument('--steps', type=int, default=150)
+    p.add_argument('--dial', default='', help='other numbers of the recipe, as name=value,name=value')
     p.add_argument('--threads', type=int, default=torch.get_num_threads())
     a = p.parse_args()
     torch.set_num_threads(a.threads)
@@ -67,8 +82,9 @@ def main():
         folder = Path(folder)/'books'
         write_shards(folder, train, val, source='books')
         for seed in range(a.seeds):
-            if any(r['seed'] == seed and r['steps'] == a.steps for r in done['runs']): continue
-            done['runs'].append(dict(seed=seed, steps=a.steps, threads=a.threads, **one_run(folder, tok, seed, a.steps, {100, a.steps})))
+            if any((r['seed'], r['steps'], r['dial']) == (seed, a.steps, a.dial) for r in done['runs']): continue
+            done['runs'].append(dict(seed=seed, steps=a.steps, dial=a.dial, threads=a.threads,
+                                     **one_run(folder, tok, seed, a.steps, {100, a.steps}, dial_settings(a.dial)))))
             write_json(a.out, done)
             print(json.dumps(done['runs'][-1]), flush=True)
 
