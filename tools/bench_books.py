@@ -84,7 +84,7 @@ def main():
         for seed in range(a.seeds):
             if any((r['seed'], r['steps'], r['dial']) == (seed, a.steps, a.dial) for r in done['runs']): continue
             done['runs'].append(dict(seed=seed, steps=a.steps, dial=a.dial, threads=a.threads,
-                                     **one_run(folder, tok, seed, a.steps, {100, a.steps}, dial_settings(a.dial)))))
+                                     **one_run(folder, tok, seed, a.steps, {100, a.steps}, dial_settings(a.dial))))
             write_json(a.out, done)
             print(json.dumps(done['runs'][-1]), flush=True)
 
