@@ -92,7 +92,8 @@ class Chat:
         sampling:Sampling|None=None, # how tokens are chosen; the default is greedy
         pairs=None, # file of preference pairs that `vote` adds to; None: votes stay in the conversation
     ):
-        self.engine, self.system, self.sampling, self.pairs = engine, system, sampling or Sampling(), pairs
+        self.engine, self.system, self.sampling = engine, system, sampling or Sampling()
+        self.pairs = Path(pairs) if pairs else None
         self.opened = {}                    # what `open_chat` was asked for
         self._answering = threading.Lock()  # one reply at a time
         self.clear()
