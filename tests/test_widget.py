@@ -3,7 +3,7 @@ import subprocess, sys, threading, time
 from html.parser import HTMLParser
 import pytest
 pytest.importorskip('anywidget', reason='anywidget is not installed: pip install nanochat[notebook]')
-from nanochat.chat import Chat
+from nanochat.chat import Chat, shown
 from nanochat.common import UserError
 from nanochat.conversation import check_conversation
 from nanochat.engine import Engine, Sampling, ScriptedModel
@@ -34,14 +34,14 @@ class Recorded(ChatWidget):
         super().send_state(key)
 
 def make(cls=ChatWidget, **kwargs): return cls(Chat(Engine(Model(**kwargs), TOK), sampling=Sampling(max_tokens=None)))
-def text(turn): return ''.join(t for _, t in turn['pieces'])
+def text(turn): return ''.join(t for _, t in shown(turn['pieces']))
 
 def test_a_conversation():
     w = make()
     for q in ('product', 'Hello?'): w.ask(q).join()
     assert [t['role'] for t in w.turns] == ['user', 'assistant']*2
     assert [text(t) for t in w.turns] == ['product', 'It is [37*24 = 888]888.', 'Hello?', 'I see.']
-    assert w.messages is w.chat.messages and not w.busy and w.error is None
+    assert w.messages == w.chat.messages and not w.busy and w.error is None
     check_conversation({'messages': w.messages})
 
 def test_an_old_conversation_is_shown():
@@ -127,7 +127,7 @@ class Tags(HTMLParser):
 @pytest.mark.parametrize('hostile', HOSTILE, ids=lambda s: s[:12])
 def test_hostile_text_stays_text(hostile):
     w = make(replies={hostile: hostile}); w.ask(hostile).join()
-    w.turns.append({'role': 'error', 'pieces': [['note', hostile*100]]})
+    w.turns.append({'role': 'error', 'pieces': [['note', hostile*100], ['python', hostile], ['python_output', hostile]]})
     bundle, _ = w._repr_mimebundle_()
     seen = Tags(); seen.feed(bundle['text/html']); seen.close()
     assert seen.tags <= {'div', 'span', 'code', 'i'} and seen.attrs <= {'style'}

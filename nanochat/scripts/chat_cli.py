@@ -8,10 +8,12 @@ __all__ = ['HELP', 'printable', 'Screen', 'stop_on_interrupt', 'say', 'command',
 # %% ../../nbs/43a_chat_cli.ipynb #imports
 import os, re, signal, sys, threading
 from contextlib import closing, contextmanager
+from dataclasses import replace
+from typing import Annotated
 from fastcore.script import call_parse
 
 # %% ../../nbs/43a_chat_cli.ipynb #imports-nanochat
-from ..chat import Chat, open_chat
+from ..chat import Chat, message_pieces, open_chat
 from ..common import UserError, as_command, single_process
 
 # %% ../../nbs/43a_chat_cli.ipynb #printable
@@ -51,27 +53,86 @@ def stop_on_interrupt():
         if main: signal.signal(signal.SIGINT, before)
 
 # %% ../../nbs/43a_chat_cli.ipynb #say
-def say(chat:Chat, text:str, screen:Screen):
-    "Stream the reply to `text` onto `screen`; Ctrl-C ends it"
-    with stop_on_interrupt() as stop, closing(chat.stream(text, stop)) as pieces:
+def say(chat:Chat, text:str|None, screen:Screen, **options):
+    "Stream the reply to `text` onto `screen`; Ctrl-C ends it. Options as in `Chat.ask`"
+    with stop_on_interrupt() as stop, closing(chat.stream(text, stop, **options)) as pieces:
         try:
             for style, piece in pieces: screen.write(piece, style)
         except KeyboardInterrupt: screen.write(' (stopped)', 'note')        # the second Ctrl-C
     screen.write('\n')
 
-# %% ../../nbs/43a_chat_cli.ipynb #command
-HELP = """/help   show this
-/clear  start a new conversation
-/quit   leave; Ctrl-D does too, and so does Ctrl-C at the prompt
-Ctrl-C  stop a reply; the model remembers what it said so far
+# %% ../../nbs/43a_chat_cli.ipynb #set-command
+def _set(name, kind):
+    "A command that sets the field `name` of the sampling, or shows it"
+    def act(chat, text, screen):
+        try: value = None if text == 'off' else kind(text or 0)
+        except ValueError: raise UserError(f'{text!r} is no number: {name} needs one') from None
+        if text: chat.sampling = replace(chat.sampling, **{name: value})
+        screen.write(f'({name} is {getattr(chat.sampling, name)})\n', 'note')
+    return act
+
+# %% ../../nbs/43a_chat_cli.ipynb #other-commands
+def _clear(chat, text, screen): chat.clear(); screen.write('(a new conversation)\n', 'note')
+
+def _system(chat, text, screen):
+    chat.system = text or None
+    screen.write(f"({'the model reads this before everything else' if text else 'no system message'})\n", 'note')
+
+def _retry(chat, text, screen):
+    if chat.head is None: raise UserError('there is no reply yet: ask something first')
+    say(chat, None, screen, instead_of=chat.head)
+
+def _model(chat, text, screen):
+    if text:
+        name, *step = text.split()
+        stage, slash, tag = name.rpartition('/')
+        if len(step) > 1 or not all(s.isdecimal() for s in step): raise UserError('write /model tag, or /model stage/tag step, such as /model base/tiny 300')
+        chat.use(tag=tag, step=int(step[0]) if step else None, **({'stage': stage} if slash else {}))
+    o = chat.opened or {'stage': 'a model', 'tag': 'of no run', 'step': None}
+    screen.write(f"({o['stage']} {o['tag']}, {'newest step' if o['step'] is None else 'step %d' % o['step']})\n", 'note')
+
+# %% ../../nbs/43a_chat_cli.ipynb #file-commands
+def _file(text):
+    if not text: raise UserError('write the name of a file, too: /save chat.json')
+    return text
+
+def _save(chat, text, screen): chat.save(_file(text)); screen.write(f'(saved in {text})\n', 'note')
+
+def _load(chat, text, screen):
+    chat.load(_file(text))
+    screen.write(f'({len(chat.path)} exchanges from {text}; the last one:)\n', 'note')
+    for message in chat.messages[-2:] if chat.path else []:
+        for style, piece in message_pieces(message): screen.write(piece, 'note' if message['role'] == 'user' else style)
+        screen.write('\n')
+
+# %% ../../nbs/43a_chat_cli.ipynb #help
+HELP = """/help           show this
+/clear          start a new conversation
+/retry          another reply to the last question
+/system WORDS   what the model reads before everything else; without words: nothing
+/temperature X  0: always the likeliest token; 1: as the model believes. Without X: show it
+/topk K         sample among this many likeliest tokens; 0: among all
+/topp P         sample among the likeliest tokens that hold this share
+/tokens N       the longest reply; off: no limit
+/seed N         makes sampling repeatable; off: another one each time
+/save FILE      keep the conversation; /load FILE goes on with it
+/model TAG STEP go on with another model; also /model base/TAG. Without a step: its newest
+/quit           leave; Ctrl-D does too, and so does Ctrl-C at the prompt
+Ctrl-C          stop a reply; the model remembers what it said so far
 """
+
+# %% ../../nbs/43a_chat_cli.ipynb #command
+_COMMANDS = {'/clear': _clear, '/retry': _retry, '/system': _system, '/save': _save, '/load': _load, '/model': _model,
+             '/help': lambda chat, text, screen: screen.write(HELP, 'note'),
+             '/temperature': _set('temperature', float), '/topk': _set('top_k', int), '/topp': _set('top_p', float),
+             '/tokens': _set('max_tokens', int), '/seed': _set('seed', int)}
 
 def command(chat:Chat, line:str, screen:Screen) -> bool:
     "Obey a line that starts with a slash; True means leave"
-    if line == '/quit': return True
-    if line == '/clear': chat.clear(); screen.write('(a new conversation)\n', 'note')
-    elif line == '/help': screen.write(HELP, 'note')
-    else: screen.write(f'there is no command {line}: /help lists them\n', 'note')
+    name, _, text = line.partition(' ')
+    if name == '/quit': return True
+    if name not in _COMMANDS: raise UserError(f'there is no command {name}: /help lists them')
+    _COMMANDS[name](chat, text.strip(), screen)
     return False
 
 # %% ../../nbs/43a_chat_cli.ipynb #converse
@@ -88,7 +149,8 @@ def converse(
             if line.startswith('/'):
                 if command(chat, line, screen): return
             elif line: say(chat, line, screen)
-        except UserError as e: screen.write(f'error: {e}\n', 'note')      # a message too long; the chat goes on
+        except (UserError, RuntimeError) as e: screen.write(f'error: {e}\n', 'note')    # too long, no memory; the chat goes on
+        except KeyboardInterrupt: screen.write('(stopped)\n', 'note')
 
 # %% ../../nbs/43a_chat_cli.ipynb #chat-cli
 def chat_cli(
@@ -113,6 +175,7 @@ def main(
     tag:str='tiny', # the name its run was given
     step:int=None, # a checkpoint's step; the newest when left out
     system:str=None, # a system message that the model reads before everything else
+    tool:Annotated[str, {'choices': ['calculator', 'python', 'off']}]='calculator', # what a tool call of the model runs; python: in a sandbox
     temperature:float=0., # 0 always takes the likeliest token; 1 samples as the model believes; more is wilder
     top_k:int=0, # sample among this many likeliest tokens; 0: among all
     top_p:float=1., # sample among the likeliest tokens that hold this share of the probability
@@ -122,5 +185,5 @@ def main(
 ):
     "Chat with a trained model. Type a line and read the reply as it is written; /help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves. For one answer in a script: -p 'What is 37 times 24?'. Without a model yet: bash runs/tiny.sh makes a small one in minutes."
     with as_command():
-        chat_cli(Prompt, stage=stage, tag=tag, step=step, system=system, device=device, temperature=temperature,
+        chat_cli(Prompt, stage=stage, tag=tag, step=step, system=system, tool=tool, device=device, temperature=temperature,
                  top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed)
