@@ -201,7 +201,8 @@ class Loop:
         check_alive(loss, self.in_a_row, self.step)
         if self.scaler and loss <= limit: return                # float16: the loss scale was too large, and is smaller now
         path = self.run.folder/'bad'/f'step-{self.step:06d}-rank{ranks().rank}.json'
-        write_json(path, dict(step=self.step, loss=loss, inputs=[b.inputs for b in batches], targets=[b.targets for b in batches]))
+        try: write_json(path, dict(step=self.step, loss=loss, inputs=[b.inputs for b in batches], targets=[b.targets for b in batches]))
+        except UserError as e: warnings.warn(f'{e}; training goes on')
         if self.on_bad == 'skip': return
         what = f'step {self.step} was left out: loss {loss:.4g}, limit {limit:.4g}; its batch is in {path}'
         if self.on_bad == 'stop' or self.rollbacks == 3: raise UserError(f'{what}. Look at it, then go on with --on-bad skip or rollback')

@@ -83,7 +83,7 @@ def start_from(tag:str, device):
 def chat_sft(
     tag:str='tiny', data:str='tinyworld', n:int=12_000, epochs:float=1., lr_scale:float=.5, batch_tokens:int=4096,
     eval_every:int=100, save_every:int=100, seed:int=0, device:str='auto',
-    precision:str='auto', attention:str='auto', force:bool=False, on_step=None,
+    precision:str='auto', attention:str='auto', force:bool=False, on_step=None, track:str|None=None,
 ) -> dict: # the result, as it stands in result.json
     "Fine-tune the base model of `tag` on conversations."
     device, (rank, _, world) = pick_device(device), ranks()
@@ -94,7 +94,7 @@ def chat_sft(
         (chats, fitted), (held_out, _) = (render_all(tok, part, base.max_len + 1) for part in gather(data, n, seed))
         r = sft_recipe(base, sum(len(c.ids) for c in chats), epochs, lr_scale, batch_tokens)
         config = dict(recipe=r.to_dict(), data=data, n=n, conversations=len(chats), base=base_hash, tokenizer=tok.hash, seed=seed, precision=precision)
-        run, result = start_run(folder, config, force)
+        run, result = start_run(folder, config, force, track)
         if result and rank == 0: print(f'already finished: sft {tag}')
         if result: return result
         engines = say_engines(model, precision)
@@ -119,9 +119,10 @@ def main(
     device:str='auto', # cpu, cuda, mps, or auto
     precision:str='auto', # fp32, bf16, fp16, fp8, fp8_blocks, nvfp4; auto: bf16 on a GPU that has it, else fp32
     attention:str='auto', # kernel: fa4, fa3, flash_attn, varlen, flex, slices; auto: the best that this machine has
+    track:str|None=None, # follow the run with wandb, trackio or tensorboard too (several: commas)
     force:bool=False, # replace a run of other settings
 ):
     "Fine-tune a pretrained model on conversations. Run again to go on; a finished run is not repeated."
     with as_command():
         return print_result(chat_sft(tag, data, n, epochs, lr_scale, batch_tokens, save_every=save_every, seed=seed, device=device,
-            precision=precision, attention=attention, force=force))
+            precision=precision, attention=attention, force=force, track=track))
