@@ -61,7 +61,7 @@ class PrefixStore:
         max_bytes:int, # of all stored keys and values; 0: store nothing
     ):
         self.max_bytes, self.nbytes, self.version = max_bytes, 0, None
-        self._entries, self._lock = OrderedDict(), threading.Lock()         # ids → (cache, hidden)
+        self._entries, self._lock = OrderedDict(), threading.Lock()         # ids → (cache, hidden, cuttable)
 
     def __len__(self): return len(self._entries)
 
@@ -78,30 +78,30 @@ class PrefixStore:
         hidden, # (1, C): the hidden vector of the last of them
     ) -> None:
         "Keep the cache of a text. What a longer text can stand for is dropped."
-        ids = tuple(ids)
+        ids, cuttable = tuple(ids), cache.cuttable
         if len(ids) < self.least or cache.nbytes > self.max_bytes: return
         with self._lock:
-            longer = next((k for k, (c, _) in self._entries.items() if c.cuttable and k[:len(ids)] == ids), None)
+            longer = next((k for k, (*_, cuts) in self._entries.items() if cuts and k[:len(ids)] == ids), None)
             if longer: return self._entries.move_to_end(longer)
-            for k in [k for k in self._entries if k == ids or cache.cuttable and k == ids[:len(k)]]: self._drop(k)
-            self._entries[ids], self.nbytes = (cache, hidden), self.nbytes + cache.nbytes
+            for k in [k for k in self._entries if k == ids or cuttable and k == ids[:len(k)]]: self._drop(k)
+            self._entries[ids], self.nbytes = (cache, hidden, cuttable), self.nbytes + cache.nbytes
             while self.nbytes > self.max_bytes or len(self) > self.most: self._drop(next(iter(self._entries)))
 
     def find(self, ids) -> Found:
         "The longest beginning of `ids` that is at hand"
         with self._lock:
             best, shared = (0, None, False), 0
-            for k, (cache, _) in self._entries.items():
+            for k, (*_, cuttable) in self._entries.items():
                 n = _common(k, ids)
                 shared = max(shared, min(n, len(ids) - 1))
                 whole = n == len(k)
-                if not whole and not cache.cuttable: continue
+                if not (whole or cuttable): continue
                 if n < len(ids) or not whole: n = min(n, len(ids) - 1)           # after a cut the last vector is not known
                 if n > best[0] and n >= self.least: best = n, k, whole and n == len(k)
             n, k, whole = best
             if k is None: return Found(0, None, None, shared if shared >= self.least else 0)
             self._entries.move_to_end(k)
-            cache, hidden = self._entries[k]
+            cache, hidden, _ = self._entries[k]
             return Found(n, cache.cut(n), hidden if whole else None, max(n, shared))
 
 # %% ../nbs/39c_prefix.ipynb #version

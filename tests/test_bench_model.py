@@ -5,7 +5,6 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT/'tools'))
 import bench_model
-from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels import kernels
 
 @pytest.fixture(scope='module')
@@ -30,21 +29,6 @@ def test_quick_has_every_row(rows):
     assert [r['what'].split(':')[0] for r in rows if 'A/A' in r['what']] == ['attention', 'head', 'step']
     assert [r['skipped'] for r in rows if r['what'].startswith('step compiled')] == ['--quick compiles nothing']
     for r in rows: assert all(math.isfinite(x) and x >= 0 for x in r.values() if isinstance(x, (int, float))), r
-
-def test_peak_counts_bytes_that_are_alive_at_once():
-    def f():
-        a = torch.zeros(2**18)                          # 1 MiB
-        b = a + 1                                       # 2 at once
-        del a
-        return b.view(-1, 2) + b.view(-1, 2)            # views are no memory
-    assert bench_model.peak_mib(f, 'cpu') == 2
-
-def test_bytes_that_a_step_reads():
-    model = GPT(GPTConfig(vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, head_dim=8, max_len=32, window_pattern='SL', short_window=3))
-    cache = model.new_cache(1)
-    cache.advance(9)
-    matrices = 2*(2*16*16 + 2*16*8 + 8*16*16) + 64*16
-    assert bench_model.bytes_read(model, cache) == 4*(matrices + 16 + 2*8*(4 + 10))       # one row of the table; 4 and 10 keys and values
 
 def test_products_alone_are_the_matrices_of_the_model():
     model, T = bench_model.build(2, 512, 64, 'cpu', 'fp32'), 64

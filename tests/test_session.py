@@ -153,9 +153,9 @@ def test_what_is_stored_is_never_written_to(models):
     for model in models.values():
         engine = Engine(model, tok, count)
         engine.complete([ids_of('a beginning that is long enough'*2)], Sampling(max_tokens=5))
-        stored = {ids: [z.clone() for z in c.k + c.v + [c.last]] for ids, (c, _) in engine.store._entries.items()}
+        stored = {ids: [z.clone() for z in c.k + c.v + [c.last]] for ids, (c, *_) in engine.store._entries.items()}
         engine.complete([list(ids) + tok.encode(t) for ids in stored for t in ('x', 'yy')], Sampling(max_tokens=20))
-        for ids, (c, _) in engine.store._entries.items():
+        for ids, (c, *_) in engine.store._entries.items():
             if ids in stored: assert all(torch.equal(a, b) for a, b in zip(c.k + c.v + [c.last], stored[ids]))
 
 def test_the_store_keeps_its_bounds(models):
@@ -327,7 +327,7 @@ def requests(engine, n, rng):
 
 def flat(n, warm, most_growth):
     rng, engine = random.Random(0), Engine(gpt(n_layer=1, dtype=torch.float32), tok, prefix_bytes=2**20)
-    def kept(): return sum(len(c.k) + len(c.v) + 3 for c, _ in engine.store._entries.values())         # pos, last, hidden
+    def kept(): return sum(len(c.k) + len(c.v) + 3 for c, *_ in engine.store._entries.values())         # pos, last, hidden
     def held(): gc.collect(); return sum(type(o) is torch.Tensor for o in gc.get_objects()) - kept()
     requests(engine, warm, rng)
     before, peak = held(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

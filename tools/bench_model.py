@@ -12,14 +12,13 @@ elsewhere the tensors that operations give out. Speeds in GB/s and GFLOP/s are m
 
 --profile prints where the time of a step goes, by operation.
 """
-import argparse, json, os, shutil, statistics, sys, tempfile, time, weakref
+import argparse, json, os, shutil, statistics, sys, tempfile, time
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch, torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from nanochat.scripts.infer_bench import peak_mib, step_bytes
 
 PARTS = ('attention', 'head', 'step', 'decode')
 
@@ -79,39 +78,6 @@ def floor_row(clock, part, f):
     ratios = clock.against(f, f)[2]
     return {'what': f'{part}: A/A, the noise', 'ratio': round(statistics.median(ratios), 3), '±': round(half_range(ratios), 3),
             'least': round(min(ratios), 3), 'most': round(max(ratios), 3)}
-
-# ---------------------------------------------------------------- memory
-
-class Peak(TorchDispatchMode):
-    "The largest number of bytes that tensors made inside the block held at one time"
-    def __init__(self): super().__init__(); self.live, self.peak, self.seen = 0, 0, {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor): self.note(t.untyped_storage())
-        return out
-
-    def note(self, s):
-        key = s._cdata
-        if key in self.seen: return
-        self.seen[key] = weakref.finalize(s, self.free, key, s.nbytes())
-        self.live += s.nbytes()
-        self.peak = max(self.peak, self.live)
-
-    def free(self, key, n):
-        del self.seen[key]
-        self.live -= n
-
-def peak_mib(f, device):
-    "Peak MiB of one call, above what was held before"
-    if torch.device(device).type == 'cuda':
-        f(); torch.cuda.synchronize(device); torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        f(); torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before)/2**20
-    with Peak() as p: f()
-    return p.peak/2**20
 
 def skipped(what, why): return {'what': what, 'skipped': ' '.join(str(why).split())[:160]}
 
@@ -249,13 +215,6 @@ def step_rows(clock, quick):
 
 # ---------------------------------------------------------------- decode
 
-def bytes_read(model, cache):
-    "Bytes that one step of one row has to read: matrices and head, keys and values so far; of each table one row"
-    tables, length = [model.wte, *model.value_embeds.values()], max(cache.lengths) + 1
-    weights = sum(p.nbytes for p in model.parameters()) - sum(t.weight.nbytes for t in tables)
-    held = sum(z[0, :length].nbytes for z in cache.k + cache.v)
-    return weights + sum(t.weight[0].nbytes for t in tables) + held
-
 def decode_rows(clock, quick):
     gpu = clock.device.type == 'cuda'
     cases = ([(2, 512, 'fp32')] if quick else [(12, 32_768, 'fp32'), (12, 32_768, 'bf16'), (20, 32_768, 'bf16')] if gpu
@@ -282,7 +241,7 @@ def one_decode(clock, depth, V, precision, context, x, W):
         if now[0].lengths[0] >= context + 32: now[0] = full.select([0])
         model.logits(model(ids[:, :1], now[0]))
         now[0].advance(1)
-    n = bytes_read(model, full)
+    n = step_bytes(model, [context + 1])
     a, b, ratios = clock.against(step, lambda: F.linear(x, W))
     share = [100*(n/W.nbytes)/r for r in ratios]
     return {'what': f'decode: d{depth}, V={V:,}, {precision}, {context} tokens back', 'ms': digits(1e3*a), 'tok/s': round(1/a), 'MB read': digits(n/1e6),
