@@ -183,6 +183,11 @@ class Chat:
         turns.append(turn)
         if turns is self.turns: self._go(len(turns) - 1)
 
+    def _how(self, turn, forced):
+        "The sampling for the reply of `turn`"
+        s, others = self.sampling, sum(t.parent == turn.parent for t in self.turns)
+        return replace(s, seed=None if s.seed is None else s.seed + others, forced=tuple(forced) or s.forced)
+
     def ask(self,
         text:str|None=None, # the question; None: that of the turn `instead_of`
         stop:threading.Event|None=None, # ends the reply between two tokens
@@ -230,6 +235,16 @@ class Chat:
         "The same as (style, text) pieces, see `shown`"
         with closing(self.pieces(text, stop, **options)) as pieces: yield from shown(pieces)
 
+    def beginning(self, turn:int, at:int, id:int) -> list[int]:
+        "The ids of the reply of `turn` before its token number `at`, then `id`: for `ask(instead_of=turn, forced=...)`"
+        events, tok = self.turns[self._check(turn)].events, self.engine.tok
+        if not (type(at) is int and 0 <= at < len(events)): raise UserError(f'turn {turn} has no token {at!r}: {len(events)} are known')
+        kind = events[at].kind
+        if kind not in _MAY_BEGIN: raise UserError('this token was written by a tool: branch before the call, or after the result')
+        marks = {tok.special(name) for name in _MAY_BEGIN[kind]}
+        if type(id) is not int or not 0 <= id < tok.n_vocab or (id in tok.special_ids and id not in marks): raise UserError(f'token {id!r} cannot stand there')
+        return [e.id for e in events[:at]] + [id]
+
     def _rivals(self, turn, vote):
         "Whole replies to the prompt of `turn` that have the opposite of `vote`"
         mine = self.turns[turn]
@@ -266,8 +281,8 @@ class Chat:
             system, turns, head = _saved(path, self.engine.tok)
             self.clear()
             self.system, self.turns = system, turns
-            for n in range(len(turns)): self._go(n)           # of each branch the newest turn was shown last ...
-            self._go(head)                                    # ... and of all branches this one
+            self._last = {t.parent: n for n, t in enumerate(turns)}         # in each branch go to the newest turn ...
+            self._go(head)                                                  # ... but here to this one
 
     def use(self, **options):
         "Go on with another model, see `open_engine`; what is not given stays. What was said stays, too"
@@ -278,7 +293,7 @@ class Chat:
                 for turn in self.turns: turn.events = []      # numbers of another tokenizer
             self.engine, self.opened, self.pairs = engine, options, run_dir('preferences', options.get('tag', 'tiny'))/'pairs.jsonl'
 
-# %% ../nbs/43_chat.ipynb #how
+# %% ../nbs/43_chat.ipynb #alone
 @contextmanager
 def _alone(lock):
     "Hold the lock of a chat, or say that it is answering"
@@ -286,25 +301,8 @@ def _alone(lock):
     try: yield
     finally: lock.release()
 
-@patch
-def _how(self:Chat, turn, forced):
-    "The sampling for the reply of `turn`"
-    s, others = self.sampling, sum(t.parent == turn.parent for t in self.turns)
-    return replace(s, seed=None if s.seed is None else s.seed + others, forced=tuple(forced) or s.forced)
-
 # %% ../nbs/43_chat.ipynb #beginning
-_MAY_BEGIN = {'text': ('python_start', 'assistant_end'), 'python': ('python_end',)}
-
-@patch
-def beginning(self:Chat, turn:int, at:int, id:int) -> list[int]:
-    "The ids of the reply of `turn` before its token number `at`, then `id`: for `ask(instead_of=turn, forced=...)`"
-    events, tok = self.turns[self._check(turn)].events, self.engine.tok
-    if not (type(at) is int and 0 <= at < len(events)): raise UserError(f'turn {turn} has no token {at!r}: {len(events)} are known')
-    kind = events[at].kind
-    if kind not in _MAY_BEGIN: raise UserError('this token was written by a tool: branch before the call, or after the result')
-    marks = {tok.special(name) for name in _MAY_BEGIN[kind]}
-    if type(id) is not int or not 0 <= id < tok.n_vocab or (id in tok.special_ids and id not in marks): raise UserError(f'token {id!r} cannot stand there')
-    return [e.id for e in events[:at]] + [id]
+_MAY_BEGIN = {'text': ('python_start', 'assistant_end'), 'python': ('python_end',)}        # marks that may be chosen, by kind
 
 # %% ../nbs/43_chat.ipynb #saved-turn
 def _need(ok, what):

@@ -197,6 +197,25 @@ function detail(box, v, branch) {
 }
 """
 
+# %% ../nbs/44_widget.ipynb #js-tokens
+_JS_TOKENS = """
+function tokenButtons(views, show) {
+  const buttons = views.map((v, i) => {
+    const b = button('tok ' + v.kind, v.text.replaceAll('\\n', '↵\\n'), describe(v));
+    b.classList.toggle('counted', v.counted); b.classList.toggle('forced', v.forced && v.kind !== 'prompt');
+    b.style.setProperty('--p', v.p ?? 1);
+    b.onfocus = () => { for (const o of buttons) o.tabIndex = o === b ? 0 : -1; show(i); };
+    b.onclick = () => b.focus();                        // some browsers do not focus a button by themselves
+    b.onkeydown = e => {
+      const next = buttons[i + ({ ArrowRight: 1, ArrowLeft: -1 }[e.key] ?? NaN)];
+      if (next) { e.preventDefault(); next.focus(); }
+    };
+    return b;
+  });
+  return buttons;
+}
+"""
+
 # %% ../nbs/44_widget.ipynb #js-xray
 _JS_XRAY = """
 function drawXray(panel, { turn, views }, act) {
@@ -204,25 +223,15 @@ function drawXray(panel, { turn, views }, act) {
   panel.hidden = !views;
   if (!views) return;
   const head = node('div', 'head', 'X-ray: orange is surprising, a green line is counted by a loss, a dashed frame is forced');
-  const tokens = node('div', 'tokens'), box = node('div', 'detail'), first = views.findIndex(v => v.kind !== 'prompt');
+  const tokens = node('div', 'tokens'), box = node('div', 'detail'), first = Math.max(views.findIndex(v => v.kind !== 'prompt'), 0);
+  const show = i => detail(box, views[i], id => act({ type: 'branch', turn, at: i - first, id }));
+  const buttons = tokenButtons(views, show);
+  buttons.forEach((b, i) => { b.tabIndex = i === first ? 0 : -1; });      // one stop of the Tab key
   head.append(button('close', 'Close', 'Close the X-ray', () => act({ type: 'xray', turn })));
   box.setAttribute('aria-live', 'polite');
-  const buttons = views.map((v, i) => {
-    const b = button('tok ' + v.kind, v.text.replaceAll('\\n', '↵\\n'), describe(v));
-    b.classList.toggle('counted', v.counted); b.classList.toggle('forced', v.forced && v.kind !== 'prompt');
-    b.style.setProperty('--p', v.p ?? 1);
-    b.tabIndex = i === Math.max(first, 0) ? 0 : -1;
-    b.onfocus = () => { for (const o of buttons) o.tabIndex = o === b ? 0 : -1; detail(box, v, id => act({ type: 'branch', turn, at: i - first, id })); };
-    b.onclick = () => b.focus();                        // some browsers do not focus a button by themselves
-    b.onkeydown = e => {
-      const d = { ArrowRight: 1, ArrowLeft: -1 }[e.key];
-      if (d && buttons[i + d]) { e.preventDefault(); buttons[i + d].focus(); }
-    };
-    return b;
-  });
   tokens.append(...buttons);
   panel.append(head, tokens, box);
-  if (views[first]) detail(box, views[first], id => act({ type: 'branch', turn, at: 0, id }));
+  show(first);
 }
 """
 
@@ -251,15 +260,9 @@ function render({ model, el }) {
 export default { render };
 """
 
-# %% ../nbs/44_widget.ipynb #js-listen
-_JS_LISTEN = """
-function listen(model, ui, act, redraw, delta) {
-  const { root, input, send, stop, clear } = ui, fill = settingsForm(ui.settings, act);
-  const busy = () => {
-    const now = model.get('busy');
-    root.classList.toggle('busy', now);
-    send.disabled = now; stop.disabled = !now;
-  };
+# %% ../nbs/44_widget.ipynb #js-controls
+_JS_CONTROLS = """
+function controls(model, { root, input, send, stop, clear }, act) {
   const ask = () => {
     const text = input.value.trim();
     if (!text || send.disabled) return;
@@ -270,6 +273,18 @@ function listen(model, ui, act, redraw, delta) {
   input.onkeydown = e => { e.stopPropagation(); if (e.key === 'Enter' && !e.isComposing) ask(); };
   stop.onclick = () => act({ type: 'stop' });
   clear.onclick = () => act({ type: 'clear' });
+  return () => {
+    const now = model.get('busy');
+    root.classList.toggle('busy', now);
+    send.disabled = now; stop.disabled = !now;
+  };
+}
+"""
+
+# %% ../nbs/44_widget.ipynb #js-listen
+_JS_LISTEN = """
+function listen(model, ui, act, redraw, delta) {
+  const fill = settingsForm(ui.settings, act), busy = controls(model, ui, act);
   const status = () => { ui.status.textContent = model.get('status'); }, settings = () => fill(model.get('settings'));
   const xray = () => drawXray(ui.xray, model.get('xray'), act);
   const all = { turns: redraw, busy, status, settings, xray }, events = Object.entries(all).map(([k, f]) => ['change:' + k, f]);
@@ -353,7 +368,8 @@ _CSS_XRAY = """
 CSS = _CSS_TALK + _CSS_CONTROLS + _CSS_XRAY
 
 # %% ../nbs/44_widget.ipynb #esm
-ESM = _JS_NODE + _JS_BUILD + _JS_SETTINGS + _JS_PIECES + _JS_TURNS + _JS_USER_TOOLS + _JS_REPLY_TOOLS + _JS_DETAIL + _JS_XRAY + _JS_LISTEN + _JS_RENDER
+ESM = _JS_NODE + _JS_BUILD + _JS_SETTINGS + _JS_PIECES + _JS_TURNS + _JS_USER_TOOLS + _JS_REPLY_TOOLS + _JS_DETAIL + _JS_TOKENS + _JS_XRAY + \
+      _JS_CONTROLS + _JS_LISTEN + _JS_RENDER
 
 # %% ../nbs/44_widget.ipynb #join-pieces
 def join_pieces(pieces) -> list[list[str]]:
@@ -362,7 +378,7 @@ def join_pieces(pieces) -> list[list[str]]:
     return [[kind, ''.join(text for _, text in run)] for kind, run in runs]
 
 # %% ../nbs/44_widget.ipynb #static
-_LOOK = {'user': 'font-weight:600', 'error': 'color:#b3261e', 'system': 'opacity:.6'}
+_LOOK = {'user': 'margin-left:20%;padding:2px 12px;border-radius:12px;background:rgb(33 118 210 / 20%)', 'error': 'color:#b3261e', 'system': 'opacity:.6'}
 _TAGS = {'tool': 'code', 'note': 'i'}
 
 def transcript_html(turns:list[dict]) -> str:
@@ -372,8 +388,14 @@ def transcript_html(turns:list[dict]) -> str:
         return f'<{tag}>{html.escape(text)}</{tag}>'
     def row(t):
         said = ''.join(piece(*p) for p in join_pieces(shown(t['pieces'])))
-        return f'<div style="margin:4px 0;{_LOOK.get(t["role"], "")}">{html.escape(t["role"])}: {said}</div>'
+        return f'<div style="margin:6px 0;{_LOOK.get(t["role"], "")}">{html.escape(t["role"])}: {said}</div>'
     return f'<div style="white-space:pre-wrap;max-width:46rem">{"".join(map(row, turns))}</div>'
+
+# %% ../nbs/44_widget.ipynb #small-parts
+_FIELDS = ('temperature', 'top_k', 'top_p', 'max_tokens', 'seed')                       # of the sampling, that a reader may change
+_ENDS = {'stop': '', 'length': ' (cut off at the length limit)'}                        # what a box says at its end; else: stopped
+
+def _sentence(e): return str(e) if isinstance(e, UserError) else f'{type(e).__name__}: {e}'
 
 # %% ../nbs/44_widget.ipynb #widget
 class ChatWidget(anywidget.AnyWidget):
@@ -399,6 +421,61 @@ class ChatWidget(anywidget.AnyWidget):
     def messages(self):
         "The conversation as the model reads it"
         return self.chat.messages
+
+    def _box(self, role, pieces=(), turn=None):
+        "A new box; `seq` counts the deltas that it holds"
+        return {'id': next(self._ids), 'role': role, 'pieces': join_pieces(pieces), 'seq': 0, 'turn': turn, 'alts': [], 'vote': 0}
+
+    def _boxes(self, n):
+        "The two boxes of turn `n`, made when it is drawn for the first time"
+        if n not in self._drawn:
+            turn = self.chat.turns[n]
+            content = turn.reply if isinstance(turn.reply, list) else [{'type': 'text', 'text': turn.reply}]
+            reply = [(part['type'], part['text']) for part in content] + [('note', _ENDS.get(turn.finish, ' (stopped)'))]
+            self._drawn[n] = [self._box('user', [('text', turn.question)], n), self._box('assistant', reply, n)]
+        return self._drawn[n]
+
+    def _show_settings(self):
+        self.settings = {'system': self.chat.system, **{name: getattr(self.chat.sampling, name) for name in _FIELDS}}
+
+    def _mark(self, boxes):
+        "`boxes` with what a reader may do with each"
+        def marked(b): return b if b['turn'] is None else {**b, 'alts': self.chat.siblings(b['turn']), 'vote': self.chat.turns[b['turn']].vote}
+        return [marked(b) for b in boxes]
+
+    def _system_boxes(self): return [self._box('system', [('text', self.chat.system)])] if self.chat.system else []
+
+    def _draw(self, fresh=True):
+        "Draw the path of the chat; `fresh`: it is another conversation than before"
+        with self._lock:
+            if fresh: self._drawn, self._system = {}, self._system_boxes()
+            self.turns = self._mark([*self._system, *(b for n in self.chat.path for b in self._boxes(n))])
+
+    def _act(self, m):
+        "Do what the message `m` says"
+        kind, turn = m.get('type'), m.get('turn')
+        if kind == 'ask': self.ask(str(m.get('text', '')))
+        if kind == 'edit': self.ask(str(m.get('text', '')), instead_of=self.chat._check(turn))
+        if kind == 'again': self.ask(instead_of=self.chat._check(turn))
+        if kind == 'branch': self.branch(turn, m.get('at'), m.get('id'))
+        if kind == 'switch': self.switch(turn)
+        if kind == 'vote': self.vote(turn, m.get('vote'))
+        if kind == 'xray': self.see_through(None if self.xray.get('turn') == turn else turn)
+        if kind == 'set': self.adjust(**{str(k): v for k, v in dict(m.get('values') or {}).items()})
+        if kind == 'stop': self.stop()
+        if kind == 'clear': self.clear()
+
+    def _received(self, _, content, buffers):
+        "A message from a front end"
+        kind = content.get('type')
+        try:
+            if kind != 'sync': self.status = ''
+            self._act(content)
+        except Exception as e:                  # the front end did not know how things stand: tell it
+            kind, self.status = 'sync', _sentence(e)
+            self.send({'type': 'refused'})
+        if kind == 'sync':
+            with self._lock: self.send_state(['turns', 'busy'])
 
     def _publish(self, pieces):
         "Add `pieces` to the last box, here and in every front end"
@@ -536,75 +613,3 @@ class ChatWidget(anywidget.AnyWidget):
                 self.turns = [*self._system, *self.turns[shown:]]
             self.chat.sampling = replace(self.chat.sampling, **values)
             self._show_settings()
-
-# %% ../nbs/44_widget.ipynb #new-box
-_ENDS = {'stop': '', 'length': ' (cut off at the length limit)'}
-
-@patch
-def _box(self:ChatWidget, role, pieces=(), turn=None):
-    "A new box; `seq` counts the deltas that it holds"
-    return {'id': next(self._ids), 'role': role, 'pieces': join_pieces(pieces), 'seq': 0, 'turn': turn, 'alts': [], 'vote': 0}
-
-@patch
-def _boxes(self:ChatWidget, n):
-    "The two boxes of turn `n`, made when it is drawn for the first time"
-    if n not in self._drawn:
-        turn = self.chat.turns[n]
-        content = turn.reply if isinstance(turn.reply, list) else [{'type': 'text', 'text': turn.reply}]
-        reply = [(part['type'], part['text']) for part in content] + [('note', _ENDS.get(turn.finish, ' (stopped)'))]
-        self._drawn[n] = [self._box('user', [('text', turn.question)], n), self._box('assistant', reply, n)]
-    return self._drawn[n]
-
-# %% ../nbs/44_widget.ipynb #draw
-_FIELDS = ('temperature', 'top_k', 'top_p', 'max_tokens', 'seed')
-
-@patch
-def _show_settings(self:ChatWidget):
-    self.settings = {'system': self.chat.system, **{name: getattr(self.chat.sampling, name) for name in _FIELDS}}
-
-@patch
-def _mark(self:ChatWidget, boxes):
-    "`boxes` with what a reader may do with each"
-    def marked(b): return b if b['turn'] is None else {**b, 'alts': self.chat.siblings(b['turn']), 'vote': self.chat.turns[b['turn']].vote}
-    return [marked(b) for b in boxes]
-
-@patch
-def _system_boxes(self:ChatWidget): return [self._box('system', [('text', self.chat.system)])] if self.chat.system else []
-
-@patch
-def _draw(self:ChatWidget, fresh=True):
-    "Draw the path of the chat; `fresh`: it is another conversation than before"
-    with self._lock:
-        if fresh: self._drawn, self._system = {}, self._system_boxes()
-        self.turns = self._mark([*self._system, *(b for n in self.chat.path for b in self._boxes(n))])
-
-# %% ../nbs/44_widget.ipynb #received
-def _sentence(e): return str(e) if isinstance(e, UserError) else f'{type(e).__name__}: {e}'
-
-@patch
-def _act(self:ChatWidget, m):
-    "Do what the message `m` says"
-    kind, turn = m.get('type'), m.get('turn')
-    if kind == 'ask': self.ask(str(m.get('text', '')))
-    if kind == 'edit': self.ask(str(m.get('text', '')), instead_of=self.chat._check(turn))
-    if kind == 'again': self.ask(instead_of=self.chat._check(turn))
-    if kind == 'branch': self.branch(turn, m.get('at'), m.get('id'))
-    if kind == 'switch': self.switch(turn)
-    if kind == 'vote': self.vote(turn, m.get('vote'))
-    if kind == 'xray': self.see_through(None if self.xray.get('turn') == turn else turn)
-    if kind == 'set': self.adjust(**{str(k): v for k, v in dict(m.get('values') or {}).items()})
-    if kind == 'stop': self.stop()
-    if kind == 'clear': self.clear()
-
-@patch
-def _received(self:ChatWidget, _, content, buffers):
-    "A message from a front end"
-    kind = content.get('type')
-    try:
-        if kind != 'sync': self.status = ''
-        self._act(content)
-    except Exception as e:                  # the front end did not know how things stand: tell it
-        kind, self.status = 'sync', _sentence(e)
-        self.send({'type': 'refused'})
-    if kind == 'sync':
-        with self._lock: self.send_state(['turns', 'busy'])

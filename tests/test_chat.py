@@ -1,14 +1,16 @@
 "Conversations stay valid whatever happens in the middle of a reply, and the terminal shows nothing but text"
-import io, itertools, os, re, runpy, select, subprocess, sys, threading, time
+import io, itertools, json, os, random, re, runpy, select, subprocess, sys, threading, time
 import pytest, torch
-from nanochat.chat import Chat, keep_parts, open_chat, transcript
+from nanochat.chat import Chat, keep_parts, open_chat, pick_tool, transcript
 from nanochat.checkpoint import save_checkpoint
 from nanochat.common import UserError, run_dir
-from nanochat.conversation import check_conversation, render_prompt
+from nanochat.conversation import check_conversation, render, render_prompt
 from nanochat.engine import Engine, Sampling, ScriptedModel
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.preferences import read_pairs
 from nanochat.scripts.chat_cli import Screen, converse
 from nanochat.tokenizer import Tokenizer
+from nanochat.xray import label, xray, xray_html
 
 TOK = Tokenizer({bytes([i]): i for i in range(256)})
 PRODUCT = 'It is <|python_start|>37*24<|python_end|>, so 888.'
@@ -18,7 +20,7 @@ def scripted(max_len=1000, **replies):
     model = ScriptedModel(TOK, {QUESTION: PRODUCT, **replies}, default='I see.', max_len=max_len)
     return Engine(model, TOK)
 
-def valid(chat): check_conversation({'messages': chat.messages}) if chat.messages else None
+def valid(chat): check_conversation({'messages': chat.messages}) if chat.path else None
 
 # the conversation
 
@@ -113,6 +115,183 @@ def test_parts_are_always_valid():
                 parts = keep_parts([(k, 'x') for k in seq], whole)
                 check_conversation({'messages': [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': parts}]})
 
+# the tree
+
+def walk(seed, chat, steps):
+    "Whatever a reader can do, at random"
+    dice = random.Random(seed)
+    for step in range(steps):
+        old, place = [t.question for t in chat.turns], dice.randrange(len(chat.turns)) if chat.turns and dice.random() < .5 else None
+        if place is not None and dice.random() < .3: chat.switch(place)
+        elif place is not None and dice.random() < .3: chat.vote(place, dice.choice([-1, 0, 1]))
+        else:
+            text = None if place is not None and dice.random() < .5 else dice.choice([QUESTION, f'Number {step}?'])
+            events, stop, cut = chat.turns[place].events if text is None else (), threading.Event(), dice.choice([0, 3, 12, 999])
+            own = [n for n, e in enumerate(events) if e.kind != 'python_output']
+            forced = chat.beginning(place, at := dice.choice(own), events[at].id) if own and dice.random() < .5 else ()
+            for i, _ in enumerate(chat.ask(text, stop, place, forced)):
+                if i >= cut: stop.set()
+        assert [t.question for t in chat.turns][:len(old)] == old
+        yield step
+
+@pytest.mark.parametrize('seed', range(4))
+def test_every_path_of_a_tree_is_valid(tmp_path, seed):
+    chat = Chat(scripted(max_len=200), sampling=Sampling(max_tokens=40), pairs=tmp_path/'pairs.jsonl')
+    for _ in walk(seed, chat, 40): valid(chat)
+    for n in range(len(chat.turns)):
+        chat.switch(n)
+        assert n in chat.path and chat.path == sorted(chat.path) and n in chat.siblings(n)
+        valid(chat)
+    chat.save(tmp_path/'chat.json')
+    again = Chat(scripted()); again.load(tmp_path/'chat.json')
+    assert (again.turns, again.head, again.system) == (chat.turns, chat.head, chat.system)
+    if chat.pairs.exists():
+        for p in read_pairs(chat.pairs): assert p['chosen'] != p['rejected']
+
+def test_alternatives_have_their_own_seeds():
+    "The same seed, another reply; and all of it once more"
+    def three():
+        chat = Chat(Engine(Loose(), TOK), sampling=Sampling(seed=1, temperature=1., max_tokens=12))
+        for n in (None, 0, 0): list(chat.ask('Sky?' if n is None else None, instead_of=n))
+        return [t.reply for t in chat.turns]
+    first = three()
+    assert len(set(first)) == 3 and three() == first
+
+class Loose(ScriptedModel):
+    "Believes in all letters alike"
+    def __init__(self): super().__init__(TOK, {})
+    def logits(self, hidden): return torch.zeros_like(hidden).index_fill(-1, torch.arange(97, 123), 5.)
+
+@pytest.mark.parametrize('at', range(12))
+def test_a_branch_begins_with_what_was_asked_for(at):
+    chat = Chat(scripted(), sampling=Sampling(logprobs=2))
+    chat.answer(QUESTION)
+    events = chat.turns[0].events
+    if events[at].kind == 'python_output':
+        with pytest.raises(UserError, match='written by a tool'): chat.beginning(0, at, 65)
+        return
+    list(chat.ask(instead_of=0, forced=chat.beginning(0, at, ord('Z'))))
+    new = chat.turns[1].events
+    assert [e.id for e in new[:at+1]] == [e.id for e in events[:at]] + [ord('Z')] and all(e.forced for e in new[:at+1])
+    assert [e.logprob for e in new[:at]] == [e.logprob for e in events[:at]]           # the model's own, whoever chose
+    valid(chat)
+
+def test_no_mark_can_be_forced_where_it_does_not_belong():
+    chat = Chat(scripted()); chat.answer(QUESTION)
+    kinds = [e.kind for e in chat.turns[0].events]
+    allowed = {(kind, name) for kind in ('text', 'python') for name in TOK.specials for at in [kinds.index(kind) + (kind == 'python')]
+               if not raises(lambda: chat.beginning(0, at, TOK.special(name)))}
+    assert allowed == {('text', '<|python_start|>'), ('text', '<|assistant_end|>'), ('python', '<|python_end|>')}
+
+def raises(f):
+    try: f()
+    except UserError: return True
+
+@pytest.mark.parametrize('end', range(8))
+def test_a_vote_makes_a_pair_only_of_comparable_replies(tmp_path, end):
+    "One reply is good; the other is like it, or asked otherwise, cut, or read with another system message"
+    chat = Chat(scripted(), pairs=tmp_path/'pairs.jsonl')
+    chat.answer(QUESTION); chat.vote(0, 1)
+    how = ('whole', 'edited', 'system', 'cut')[end % 4]
+    if how == 'system': chat.system = 'Be kind.'
+    stop = threading.Event()
+    text = 'Other?' if how == 'edited' else None
+    for i, _ in enumerate(chat.ask(text, stop, 0, () if text else chat.beginning(0, 0, ord('a') + end))):
+        if how == 'cut' and i > 3: stop.set()
+    assert chat.vote(1, -1) == (how == 'whole')
+    if how == 'whole':
+        [p] = read_pairs(chat.pairs)
+        assert p['prompt'] == [{'role': 'user', 'content': QUESTION}] and p['chosen'] == chat.turns[0].messages[1]
+        assert chat.vote(1, -1) == 0 and len(read_pairs(chat.pairs)) == 1                # the same click again
+
+def test_a_vote_that_cannot_be_written_is_not_cast(tmp_path):
+    (tmp_path/'file').write_text('')
+    chat = Chat(scripted(), pairs=tmp_path/'file'/'pairs.jsonl')
+    chat.answer(QUESTION); list(chat.ask(instead_of=0, forced=[65]))
+    chat.vote(0, 1)
+    with pytest.raises(UserError, match='cannot add'): chat.vote(1, -1)
+    assert chat.turns[1].vote == 0
+
+# files
+
+def saved_chat(path):
+    chat = Chat(scripted(), system='Be kind. \ud800', sampling=Sampling(logprobs=2))
+    chat.answer(QUESTION); list(chat.ask(instead_of=0)); chat.answer('Thanks'); chat.vote(0, -1)
+    chat.save(path)
+    return chat
+
+def places(x, path=()):
+    "Every place in a JSON value"
+    if isinstance(x, (dict, list)):
+        for k, v in x.items() if isinstance(x, dict) else enumerate(x[:2]): yield path + (k,); yield from places(v, path + (k,))
+
+def test_a_changed_file_never_breaks_a_chat(tmp_path):
+    "Each value replaced by each of many others: refused with one sentence, or a valid conversation. Nothing in between"
+    saved_chat(tmp_path/'chat.json')
+    text, chat, refused = (tmp_path/'chat.json').read_text(), Chat(scripted()), 0
+    chat.answer('Hello?'); before = chat.messages
+    for path in places(json.loads(text)):
+        for value in (None, -1, 99, 1.5, True, '', 'x', [], {}, [1], {'a': 1}):
+            bad = at = json.loads(text)
+            for key in path[:-1]: at = at[key]
+            at[path[-1]] = value
+            (tmp_path/'bad.json').write_text(json.dumps(bad))
+            try: chat.load(tmp_path/'bad.json')
+            except UserError as e:
+                refused += 1
+                assert chat.messages == before and '\n' not in str(e) and 'bad.json' in str(e)
+                continue
+            valid(chat)
+            for n in range(len(chat.turns)): chat.switch(n); valid(chat); xray(chat, n)
+            chat.clear(); chat.system = None; chat.answer('Hello?')
+    assert refused > 300
+
+def test_a_cut_file_and_no_file(tmp_path):
+    saved_chat(tmp_path/'chat.json')
+    data = (tmp_path/'chat.json').read_bytes()
+    for n in range(0, len(data) - 2, 97):
+        (tmp_path/'cut.json').write_bytes(data[:n])
+        with pytest.raises(UserError, match='no saved chat'): Chat(scripted()).load(tmp_path/'cut.json')
+    for where, complaint in ((tmp_path, 'cannot read'), (tmp_path/'x', 'there is no file')):
+        with pytest.raises(UserError, match=complaint): Chat(scripted()).load(where)
+
+def test_tokens_of_another_tokenizer_are_left_out(tmp_path):
+    chat = saved_chat(tmp_path/'chat.json')
+    saved = json.loads((tmp_path/'chat.json').read_text())
+    saved['tokenizer'] = 'another'
+    (tmp_path/'chat.json').write_text(json.dumps(saved))
+    again = Chat(scripted()); again.load(tmp_path/'chat.json')
+    assert again.messages == chat.messages and all(t.events == [] for t in again.turns) and all(t.events for t in chat.turns)
+
+def test_save_replaces_no_other_file(tmp_path):
+    (tmp_path/'thesis.tex').write_text('years of work')
+    with pytest.raises(UserError, match='no saved chat'): Chat(scripted()).save(tmp_path/'thesis.tex')
+    assert (tmp_path/'thesis.tex').read_text() == 'years of work'
+    chat = saved_chat(tmp_path/'chat.json'); chat.answer('More'); chat.save(tmp_path/'chat.json')
+    again = Chat(scripted()); again.load(tmp_path/'chat.json')
+    assert again.messages == chat.messages
+
+# the X-ray
+
+def test_the_xray_agrees_with_training():
+    "Ids and mask of the views are those that `render` gives for the same conversation"
+    chat = Chat(scripted(), sampling=Sampling(logprobs=3))
+    for question in (QUESTION, 'Thanks €'): chat.answer(question)
+    rendered, views = render(TOK, {'messages': chat.messages}), xray(chat, 0) + xray(chat, 1)
+    assert [v['id'] for v in views] == rendered.ids[1:] and [v['counted'] for v in views] == [bool(m) for m in rendered.mask[1:]]
+    written = [v for v in views if v['kind'] != 'prompt']
+    assert all(0 <= v['p'] <= 1 and v['h'] >= 0 and len(v['top']) == 3 for v in written)
+    assert [v['forced'] for v in written] == [v['kind'] == 'python_output' for v in written]
+    assert json.loads(json.dumps(views)) == views
+
+def test_an_xray_without_probabilities():
+    chat = Chat(scripted()); chat.answer(QUESTION)
+    assert {v['p'] for v in xray(chat, 0)} == {None} and '888' in repr(xray_html(xray(chat, 0))).replace(' ', '')
+
+def test_every_byte_has_a_label():
+    labels = [label(TOK, i) for i in range(TOK.n_vocab)]
+    assert len(set(labels)) == TOK.n_vocab and not any('\ufffd' in text for text in labels)
+
 # a trained model, and none
 
 @pytest.fixture(scope='module')
@@ -155,10 +334,10 @@ def test_no_model_is_one_sentence(monkeypatch, capsys, tmp_path):
 def test_help_teaches(monkeypatch, capsys, tmp_path):
     code, out, err = run_cli(monkeypatch, capsys, '--help', base=tmp_path)
     assert code == 0
-    for word in ('-p', '--prompt', '--temperature', '--seed', '--max-tokens', '/help', 'Ctrl-C', 'runs/tiny.sh'): assert word in out
+    for word in ('-p', '--prompt', '--temperature', '--seed', '--max-tokens', '--tool', '--step', '/help', 'Ctrl-C', 'runs/tiny.sh'): assert word in out
     assert not list(tmp_path.iterdir())
 
-@pytest.mark.parametrize('args', [['--nonsense'], ['--temperature', 'hot'], ['-p']])
+@pytest.mark.parametrize('args', [['--nonsense'], ['--temperature', 'hot'], ['-p'], ['--tool', 'bash']])
 def test_bad_flags(monkeypatch, capsys, tmp_path, args):
     code, out, err = run_cli(monkeypatch, capsys, *args, base=tmp_path)
     assert code == 2 and out == '' and args[0].lstrip('-')[:4] in err
@@ -186,12 +365,14 @@ PTY = '''
 import json, sys, time
 from nanochat.chat import Chat
 from nanochat.engine import Engine, ScriptedModel
+from nanochat.preferences import read_pairs
 from nanochat.scripts.chat_cli import Screen, converse
 from nanochat.tokenizer import Tokenizer
+from nanochat.xray import label, xray, xray_html
 tok = Tokenizer({bytes([i]): i for i in range(256)})
 class Slow(ScriptedModel):
     def forward(self, ids, cache): time.sleep(0.01); return super().forward(ids, cache)
-chat = Chat(Engine(Slow(tok, {'Count': 'one ' * 200, 'Product': 'It is <|python_start|>37*24<|python_end|>888.'}, default='I see.'), tok))
+chat = Chat(Engine(Slow(tok, {'Count': 'one ' * 200, 'Größe 🙂?': 'Groß. 🙂 Ende', 'Product': 'It is <|python_start|>37*24<|python_end|>888.'}, default='I see.'), tok))
 print('ready', flush=True)
 converse(chat, Screen())
 print('LEFT', json.dumps([m['role'] for m in chat.messages]))
@@ -227,7 +408,9 @@ def test_keys_in_a_terminal(last):
     os.write(fd, b'Count\n'); until(b'one one one')
     os.write(fd, b'\x03'); until(b'(stopped)'); until(b'you> ')       # the first Ctrl-C ends the reply, not the program
     os.write(fd, b'Product\n'); until(b'\x1b[2m[\x1b[0m'); until(b'888.'); until(b'you> ')
-    press(last, b'LEFT ["user", "assistant", "user", "assistant"]')
+    os.write(fd, 'Größe 🙂?\n'.encode()); until('Groß. 🙂 Ende'.encode()); until(b'you> ')      # characters of several bytes, both ways
+    os.write(fd, b'/retry\n'); until('Groß. 🙂 Ende'.encode()); until(b'the same reply again'); until(b'you> ')
+    press(last, b'LEFT ["user", "assistant", "user", "assistant", "user", "assistant"]')
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     os.close(fd)
 
@@ -252,3 +435,66 @@ def test_no_control_character_reaches_the_terminal():
     converse(chat, Screen(out), read)
     assert not {c for c in out.getvalue() if ord(c) < 32 or 127 <= ord(c) < 160} - {'\n', '\t'}
     assert chat.messages[1]['content'] == hostile                     # only the screen is cleaned
+
+def commands(chat, *lines):
+    "What a terminal shows for these lines"
+    out, lines = io.StringIO(), iter(lines)
+    def read(prompt):
+        for line in lines:
+            if isinstance(line, BaseException): raise line
+            return line
+        raise EOFError
+    converse(chat, Screen(out), read)
+    return out.getvalue()
+
+def test_commands_of_the_sampling():
+    chat = Chat(scripted())
+    said = commands(chat, '/temperature 0.7', '/topk 5', '/topp 0.9', '/seed 3', '/tokens off', '/temperature', '/temperature hot', '/topk -1',
+                    '/topp nan', '/topk 1.5', '/temperature 1e999', '/seed off')
+    s = chat.sampling
+    assert (s.temperature, s.top_k, s.top_p, s.seed, s.max_tokens) == (.7, 5, .9, None, None)
+    assert said.count('error: ') == 5 and said.count('(temperature is 0.7)') == 2
+
+def test_commands_of_the_conversation(tmp_path):
+    chat = Chat(scripted())
+    said = commands(chat, '/retry', QUESTION, '/retry', '/system Be kind.', '/system', f'/save {tmp_path}/a b.json', '/clear', 'Hello?', f'/load {tmp_path}/a b.json')
+    assert 'error: there is no reply yet' in said and said.count('It is [37*24 = 888], so 888.') == 3
+    assert [t.question for t in chat.turns] == [QUESTION]*2 and chat.siblings(0) == [0, 1] and chat.system is None
+    for line in ('/load', '/save', '/load /nowhere/x', f'/save {tmp_path}', '/model a b c', '/model ../x', '/model nothing', '/nothing'):
+        before = list(chat.turns)
+        assert commands(chat, line).count('error: ') == 1 and chat.turns == before
+    assert "/help lists" in commands(chat, '/ask me')
+
+def test_the_chat_outlives_the_engine():
+    chat = Chat(scripted())
+    model = chat.engine.model
+    class Broken(type(model)):
+        def forward(self, ids, cache): raise RuntimeError('out of memory')
+    whole, model.__class__ = model.__class__, Broken
+    said = commands(chat, 'Hello?')
+    model.__class__ = whole
+    assert 'error: out of memory' in said and 'I see.' in commands(chat, 'Hello?') and len(chat.messages) == 2
+
+def test_interrupting_a_command(monkeypatch):
+    chat = Chat(scripted()); chat.answer('Hello?')
+    def slow(**options): raise KeyboardInterrupt
+    monkeypatch.setattr(chat, 'use', slow)
+    assert '(stopped)' in commands(chat, '/model big') and 'I see.' in commands(chat, 'Hello?')
+    assert commands(chat, KeyboardInterrupt(), 'never') == '\n' and len(chat.messages) == 4
+
+def test_another_model(trained, monkeypatch):
+    monkeypatch.setenv('NANOCHAT_BASE_DIR', str(trained))
+    chat = open_chat(device='cpu', max_tokens=8)
+    chat.answer('Hello?'); engine = chat.engine
+    said = commands(chat, '/model', '/model tiny 1', '/model sft/tiny', '/model tiny 7', '/model base/tiny')
+    assert '(sft tiny, newest step)' in said and '(sft tiny, step 1)' in said and said.count('error: ') == 2
+    assert chat.engine is not engine and len(chat.turns) == 1 and chat.turns[0].events and chat.pairs == trained/'preferences'/'tiny'/'pairs.jsonl'
+
+def test_python_as_a_tool():
+    from nanochat.sandbox import level
+    try: tool = pick_tool('python')
+    except Exception as e: pytest.skip(f'no sandbox on this machine: {e}')
+    model = ScriptedModel(TOK, {'Sum?': '<|python_start|>print(sum(range(10)))<|python_end|>45.'}, max_len=1000)
+    chat = Chat(Engine(model, TOK, tool, max_output=256))
+    assert ''.join(t for _, t in chat.stream('Sum?')) == '[print(sum(range(10))) = 45]45.', level()
+    assert 'python' not in [p['type'] for p in Chat(Engine(model, TOK, pick_tool('off'))).engine.complete([render_prompt(TOK, {'messages': [{'role': 'user', 'content': 'Sum?'}]})])[0].parts]
