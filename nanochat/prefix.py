@@ -96,8 +96,8 @@ class PrefixStore:
                 shared = max(shared, min(n, len(ids) - 1))
                 whole = n == len(k)
                 if not (whole or cuttable): continue
-                if n < len(ids) or not whole: n = min(n, len(ids) - 1)           # after a cut the last vector is not known
-                if n > best[0] and n >= self.least: best = n, k, whole and n == len(k)
+                if not whole: n = min(n, len(ids) - 1)                  # after a cut the last vector is not known
+                if n >= max(self.least, best[0] + 1): best = n, k, whole
             n, k, whole = best
             if k is None: return Found(0, None, None, shared if shared >= self.least else 0)
             self._entries.move_to_end(k)
