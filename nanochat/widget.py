@@ -111,6 +111,7 @@ _JS_TURNS = """
 function drawTurn(turn, act) {
   const box = node('div', 'turn ' + turn.role), body = node('div', 'body');
   const row = turn.role === 'user' ? userTools(body, act) : turn.role === 'assistant' ? replyTools(act) : node('div');
+  box.setAttribute('role', 'group');
   box.setAttribute('aria-label', turn.role);
   row.setAttribute('aria-live', 'off');               // buttons are not read aloud as news
   body.dir = 'auto';
@@ -274,7 +275,8 @@ function controls(model, { root, input, send, stop, clear }, act) {
   stop.onclick = () => act({ type: 'stop' });
   clear.onclick = () => act({ type: 'clear' });
   return () => {
-    const now = model.get('busy');
+    const now = model.get('busy'), at = document.activeElement;
+    if (now && root.contains(at) && at.closest('.tools, .xray')) input.focus();       // these buttons are about to go
     root.classList.toggle('busy', now);
     send.disabled = now; stop.disabled = !now;
   };

@@ -149,3 +149,127 @@ def test_without_anywidget_one_sentence():
     code = "import sys; sys.modules['anywidget'] = None; import nanochat.widget"
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert r.returncode and "pip install 'nanochat[notebook]'" in r.stderr.splitlines()[-1]
+
+# branches, votes, X-ray, settings
+
+def drawn(w): return [text(t) for t in w.turns]
+
+def test_edit_again_and_switch():
+    w = make()
+    for q in ('product', 'Hello?'): w.ask(q).join()
+    w.ask('long', instead_of=0).join()
+    assert drawn(w) == ['long', LONG] and [t['alts'] for t in w.turns] == [[0, 2]]*2
+    w.ask(instead_of=2).join()
+    assert drawn(w)[0] == 'long' and w.turns[1]['alts'] == [0, 2, 3] and 'same reply again' in text(w.turns[1])
+    w.switch(0)
+    assert drawn(w) == ['product', 'It is [37*24 = 888]888.', 'Hello?', 'I see.']
+    w.ask('More?').join()
+    assert [t['turn'] for t in w.turns] == [0, 0, 1, 1, 4, 4] and w.messages == w.chat.messages
+    check_conversation({'messages': w.messages})
+
+def test_ids_live_as_long_as_turns():
+    "A front end keeps a box by its id, so an id never means two things, and a turn keeps its id"
+    w, seen = make(), {}
+    def look():
+        assert len({t['id'] for t in w.turns}) == len(w.turns)
+        for t in w.turns:
+            if t['turn'] is not None: assert seen.setdefault(t['id'], (t['role'], t['turn'])) == (t['role'], t['turn'])
+    for act in (lambda: w.ask('a').join(), lambda: w.ask('b').join(), lambda: w.ask(instead_of=0).join(), lambda: w.switch(1), lambda: w.switch(2),
+                lambda: w.ask('c', instead_of=1).join(), lambda: w.vote(0, 1)): act(); look()
+    assert len(set(seen.values())) == len(seen)
+    w.clear(); seen_before = set(seen); seen.clear()
+    w.ask('d').join(); look()
+    assert not seen_before & set(seen)
+
+@pytest.mark.parametrize('again', [False, True])
+def test_an_alternative_that_fails_gives_way(again):
+    w = make(); w.ask('product').join(); w.see_through(0)
+    w.chat.engine.model.broken = True
+    w.ask(None if again else 'edited', instead_of=0).join()
+    assert drawn(w) == ['product', 'It is [37*24 = 888]888.', 'RuntimeError: out of memory'] and w.xray == {}
+    w.chat.engine.model.broken = False
+    w.ask('Hello?').join()
+    assert [t['turn'] for t in w.turns] == [0, 0, None, 1, 1] and w.chat.path == [0, 1]
+
+def test_stopped_alternatives_are_kept():
+    gate = threading.Semaphore(10_000)
+    w = make(gate=gate); w.ask('long').join()
+    gate._value = 30
+    thread = w.ask(instead_of=0)
+    while not w.turns[-1]['pieces']: time.sleep(0.001)
+    w.stop(); gate.release(10_000); thread.join(20)
+    assert w.turns[1]['alts'] == [0, 1] and text(w.turns[1]).endswith(' (stopped)') and len(w.chat.turns) == 2
+    check_conversation({'messages': w.messages})
+
+def test_the_xray_is_data_and_follows_a_branch():
+    w = make(); w.ask('product').join()
+    w._received(w, {'type': 'xray', 'turn': 0}, [])
+    views = w.xray['views']
+    assert ''.join(v['text'] for v in views if v['kind'] == 'prompt') == '<|user_start|>product<|user_end|><|assistant_start|>'
+    assert all(v['p'] is not None and len(v['top']) == 5 for v in views if v['kind'] != 'prompt')
+    first = next(i for i, v in enumerate(views) if v['kind'] != 'prompt')
+    w._received(w, {'type': 'branch', 'turn': 0, 'at': 1, 'id': ord('n')}, []); w.thread.join()
+    assert w.xray['turn'] == 1 and [v['text'] for v in w.xray['views'][first:first+2]] == ['I', 'n'] and text(w.turns[1]).startswith('In is ')
+    w._received(w, {'type': 'xray', 'turn': 1}, [])
+    assert w.xray == {}
+
+def test_votes_write_pairs(tmp_path):
+    w = make(); w.chat.pairs = tmp_path/'pairs.jsonl'
+    w.ask('product').join(); w.branch(0, 0, ord('A')).join()
+    w._received(w, {'type': 'vote', 'turn': 1, 'vote': -1}, [])
+    assert 'opposite vote' in w.status and [t['vote'] for t in w.turns] == [-1, -1]
+    w._received(w, {'type': 'vote', 'turn': 0, 'vote': 1}, [])
+    assert w.status == '1 preference pair added to pairs.jsonl' and len(w.chat.pairs.read_text().splitlines()) == 1
+
+def test_settings_hold_for_the_next_reply():
+    w = make()
+    w._received(w, {'type': 'set', 'values': {'max_tokens': 3, 'system': ' Be brief. '}}, [])
+    w.ask('long').join()
+    assert text(w.turns[-1]) == 'wor (cut off at the length limit)' and w.messages[0] == {'role': 'system', 'content': 'Be brief.'}
+    assert text(w.turns[0]) == 'Be brief.' and w.settings['max_tokens'] == 3
+    w.adjust(system='', max_tokens=None)
+    assert [t['role'] for t in w.turns] == ['user', 'assistant'] and w.messages[0]['role'] == 'user'
+
+ODD = [None, -1, 99, 1.5, True, 'x', '', [], {}, '__class__', 10**30]
+
+@pytest.mark.parametrize('kind', ['ask', 'edit', 'again', 'branch', 'switch', 'vote', 'xray', 'set', 'stop', 'clear', 'sync', 'what', None])
+def test_nothing_that_a_front_end_sends_breaks_the_cell(kind):
+    w = make(Recorded); w.ask('product').join()
+    for field in ('turn', 'at', 'id', 'vote', 'text', 'values'):
+        for odd in ODD:
+            w._received(w, {'type': kind, 'turn': 0, 'at': 0, 'id': 65, 'vote': 1, 'text': 'x', 'values': {'seed': 1}, field: odd}, [])
+            if field == 'values': w._received(w, {'type': kind, 'turn': 0, 'values': {odd if isinstance(odd, str) else 'seed': odd}}, [])
+            w.thread.join(20)
+            assert not w.busy and w.chat.sampling.check() is None
+    w.adjust(temperature=0., max_tokens=None); w.ask('Hello?').join(20)
+    assert text(w.turns[-1]).startswith('I see.')
+    check_conversation({'messages': w.messages})
+
+def test_a_line_of_a_megabyte():
+    "Deltas stay small and nothing is lost"
+    class Loud:
+        tok, model = TOK, Model()
+        def reply(self, conv, sampling=None, stop=None):
+            from nanochat.engine import Event
+            for i in range(20): yield Event(0, 0, 'x'*50_000, 'text', False, 'stop' if i == 19 else None)
+    w = Recorded(Chat(Loud())); w.interval = 0.
+    w.ask('Speak').join()
+    sizes = [sum(len(t) for _, t in m['pieces']) for m in w.sent if m['type'] == 'delta']
+    assert sum(sizes) == 1_000_000 and max(sizes) <= 100_000 and text(w.turns[-1]) == 'x'*1_000_000
+
+def test_load_draws_the_saved_conversation(tmp_path):
+    w = make(); w.ask('product').join(); w.ask(instead_of=0).join(); w.chat.save(tmp_path/'chat.json')
+    other = make(); other.ask('Hello?').join(); other.load(tmp_path/'chat.json')
+    assert drawn(other) == ['product', 'It is [37*24 = 888]888.'] and other.turns[1]['alts'] == [0, 1]
+    with pytest.raises(UserError, match='there is no file'): other.load(tmp_path/'nothing.json')
+    assert drawn(other)[0] == 'product'
+
+def test_the_stored_page_reads_without_a_kernel():
+    "Page 44 as it is committed: the widget's cell shows a transcript, and nothing of a live widget"
+    import nbformat
+    from conftest import ROOT
+    [cell] = [c for c in nbformat.read(ROOT/'nbs'/'44_widget.ipynb', 4).cells if c.id == 'live']
+    [out] = cell.outputs
+    assert set(out.data) == {'text/plain', 'text/html'} and '37*24 = 888' in out.data['text/plain'] and '37*24 = 888' in out.data['text/html']
+    seen = Tags(); seen.feed(out.data['text/html'])
+    assert seen.tags <= {'div', 'span', 'code', 'i'}
