@@ -47,11 +47,13 @@ def timed(f, spent, name):
         return out
     return g
 
-def one_run(folder, tok, seed, steps, at, dial):
+def one_run(folder, tok, seed, steps, at, dial, compiled):
     "Bits per byte on all of the validation text after the steps of `at`, tokens a second, shares of a step, and seconds until the first update"
     start, r = time.perf_counter(), recipe(4, tok.n_vocab, 512, **{**dict(steps=steps, batch_tokens=8192, device_batch=8), **dial})
     seed_everything(seed)
     model = GPT(gpt_config(r))
+    if compiled:
+        for block in model.blocks: block.compile()
     optimizer, sizes = make_optimizer(model, r), torch.as_tensor(tok.token_bytes())
     loader, seconds, bpb, first = PretrainLoader(folder, 'train', tok, r.device_batch, r.max_len, seed=seed), 0., {}, None
     spent = Counter()
@@ -71,6 +73,7 @@ def main():
     p.add_argument('--seeds', type=int, default=3)
     p.add_argument('--steps', type=int, default=150)
     p.add_argument('--dial', default='', help='other numbers of the recipe, as name=value,name=value')
+    p.add_argument('--compiled', action='store_true', help='compile the blocks, as base_train --compiled does')
     p.add_argument('--threads', type=int, default=torch.get_num_threads())
     a = p.parse_args()
     torch.set_num_threads(a.threads)
@@ -82,9 +85,9 @@ def main():
         folder = Path(folder)/'books'
         write_shards(folder, train, val, source='books')
         for seed in range(a.seeds):
-            if any((r['seed'], r['steps'], r['dial']) == (seed, a.steps, a.dial) for r in done['runs']): continue
-            done['runs'].append(dict(seed=seed, steps=a.steps, dial=a.dial, threads=a.threads,
-                                     **one_run(folder, tok, seed, a.steps, {100, a.steps}, dial_settings(a.dial))))
+            if any((r['seed'], r['steps'], r['dial'], r['compiled']) == (seed, a.steps, a.dial, a.compiled) for r in done['runs']): continue
+            done['runs'].append(dict(seed=seed, steps=a.steps, dial=a.dial, compiled=a.compiled, threads=a.threads,
+                                     **one_run(folder, tok, seed, a.steps, {100, a.steps}, dial_settings(a.dial), a.compiled)))
             write_json(a.out, done)
             print(json.dumps(done['runs'][-1]), flush=True)
 
