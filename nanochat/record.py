@@ -184,13 +184,14 @@ class Run:
         self.trackers = Trackers(names if self.writes else [], self.folder, config)
 
     def _open(self):
-        try: self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise UserError(f'cannot make the run folder {self.folder}: {(e.strerror or str(e)).lower()}') from e
-        (self.folder/'result.json').unlink(missing_ok=True)
-        write_json(self.folder/'config.json', self.config)
-        _add_session(self.folder)
-        _, whole = _lines(self.metrics_path)
-        if self.metrics_path.exists(): os.truncate(self.metrics_path, whole)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder/'result.json').unlink(missing_ok=True)
+            write_json(self.folder/'config.json', self.config)
+            _add_session(self.folder)
+            _, whole = _lines(self.metrics_path)
+            if self.metrics_path.exists(): os.truncate(self.metrics_path, whole)
+        except OSError as e: raise UserError(f'cannot open the run folder {self.folder}: {(e.strerror or str(e)).lower()}') from e
 
     def log(self, step:int, **metrics):
         "Append one line of measurements at a step. Never stops the run: an error of the disk is warned about once"
@@ -219,7 +220,8 @@ class Run:
     def truncate_after(self, step:int):
         "Drop the lines of later steps: a resumed run writes them again. The file is replaced whole"
         if not self.writes: return
-        records, _ = _lines(self.metrics_path)
+        try: records, _ = _lines(self.metrics_path)
+        except OSError as e: raise UserError(f'cannot read {self.metrics_path}: {(e.strerror or str(e)).lower()}') from e
         kept = [json.dumps(r) + '\n' for r in records if r['step'] <= step]
         atomic_write(self.metrics_path, ''.join(kept))
 

@@ -552,18 +552,11 @@ class ChatWidget(anywidget.AnyWidget):
         self.thread.start()
         return self.thread
 
-    def stop(self):
-        "End the reply after the token that is being computed; what was said is kept"
-        self._stop.set()
+    def _seen(self, turn): return {'turn': turn, 'views': views_of(self.chat, turn)}
 
-    def clear(self):
-        "Stop, and start a new conversation"
-        self.stop()
-        if self.thread: self.thread.join(timeout=10)
-        if self.busy: raise UserError('the reply has not stopped yet: clear again in a moment')
-        self.chat.clear()
-        self.xray = {}
-        self._draw()
+    def see_through(self, turn:int|None):
+        "Show the X-ray of a turn; None closes it"
+        with self._lock: self.xray = {} if turn is None else self._seen(turn)
 
     def _idle(self):
         if self.busy: raise UserError('a reply is being written: stop it first')
@@ -598,12 +591,6 @@ class ChatWidget(anywidget.AnyWidget):
             elif vote: self.status = 'the vote is kept; a pair needs another reply to this question with the opposite vote'
             self.turns = self._mark(self.turns)
 
-    def _seen(self, turn): return {'turn': turn, 'views': views_of(self.chat, turn)}
-
-    def see_through(self, turn:int|None):
-        "Show the X-ray of a turn; None closes it"
-        with self._lock: self.xray = {} if turn is None else self._seen(turn)
-
     def adjust(self, **values):
         "Change the system message or fields of the sampling, from the next reply on"
         unknown = set(values) - {'system', *_FIELDS}
@@ -615,3 +602,16 @@ class ChatWidget(anywidget.AnyWidget):
                 self.turns = [*self._system, *self.turns[shown:]]
             self.chat.sampling = replace(self.chat.sampling, **values)
             self._show_settings()
+
+    def stop(self):
+        "End the reply after the token that is being computed; what was said is kept"
+        self._stop.set()
+
+    def clear(self):
+        "Stop, and start a new conversation"
+        self.stop()
+        if self.thread: self.thread.join(timeout=10)
+        if self.busy: raise UserError('the reply has not stopped yet: clear again in a moment')
+        self.chat.clear()
+        self.xray = {}
+        self._draw()

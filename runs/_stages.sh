@@ -6,7 +6,7 @@
 # A stage that is finished says so and is skipped. A stage that fails ends the run with one sentence.
 set -euo pipefail
 
-gpus="" nodes=1 node=0 head="" restarts=0 tiny="" prepare=""
+gpus="" nodes=1 node=0 head="" restarts=0 tiny="" prepare="" stages=0
 
 usage() { echo "error: $*: see --help" >&2; exit 2; }
 
@@ -28,8 +28,10 @@ options() {
         shift 2
     done
     [ "$nodes" = 1 ] || [ -n "$head" ] || usage "--nodes $nodes needs --head HOST:PORT, the same on all of them"
+    [ -z "$head" ] || [[ "$head" =~ ^[^:]+:[0-9]+$ ]] || usage "--head must be HOST:PORT, and is '$head'"
     [ "$node" -lt "$nodes" ] || usage "--node $node: they are numbered from 0 to $((nodes - 1))"
     export PYTHONUNBUFFERED=1 NANOCHAT_COMMAND=1
+    trap : TERM                                    # SLURM tells every process of a job: wait for the one that is saving now
 }
 
 folder() { echo "${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"; }
@@ -38,7 +40,7 @@ run_stage() {                                      # run_stage TITLE COMMAND...:
     local title="$1" code=0
     shift
     if [ "$node" = 0 ]; then printf '\n== %s\n' "$title"; fi
-    "$@" < /dev/null | sed '$d' || code=$?
+    "$@" < /dev/null | (trap '' TERM INT; exec sed '$d') || code=$?
     [ $code = 0 ] || die "$title ended with exit code $code: see the lines above; the same command goes on from here"
 }
 
@@ -47,13 +49,15 @@ stage() {
     run_stage "$1" "$PYTHON" -m "nanochat.scripts.$2" "${@:3}"
 }
 
-# Without this, torchrun keeps the list of addresses over a restart, and new workers call those that are gone: gloo ends with "Connection refused"
+# Otherwise torchrun keeps the list of addresses over a restart, and new workers call those that are gone (pytorch issue 135712)
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 ranks() {
     local start=("$PYTHON" -m)                     # with --, torchrun leaves alone what looks like its own flags
     if [ "$nodes" -gt 1 ]; then                    # a node that comes first waits for the others, for an hour at most
-        start=("$PYTHON" -m torch.distributed.run "--nnodes=$nodes" "--nproc-per-node=$gpus" --rdzv-backend=c10d "--rdzv-endpoint=$head"
+        stages=$((stages + 1))                     # a port for each stage: the next one must not find what is left of the last
+        start=("$PYTHON" -m torch.distributed.run "--nnodes=$nodes" "--nproc-per-node=$gpus" --rdzv-backend=c10d
+               "--rdzv-endpoint=${head%:*}:$((${head##*:} + stages - 1))"
                "--rdzv-id=$tag-$2" --rdzv-conf=join_timeout=3600,read_timeout=3600 "--max-restarts=$restarts" -m --)
     elif [ "$gpus" -gt 1 ]; then
         start=("$PYTHON" -m torch.distributed.run --standalone "--nproc-per-node=$gpus" "--max-restarts=$restarts" -m --)

@@ -95,7 +95,7 @@ def test_a_full_disk_costs_measurements_not_training(run, monkeypatch):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path/'file').write_text('')
-    with pytest.raises(UserError, match='cannot make the run folder'): Run(tmp_path/'file/run', {})
+    with pytest.raises(UserError, match='cannot open the run folder'): Run(tmp_path/'file/run', {})
 
 HOLDER = '''
 import sys
