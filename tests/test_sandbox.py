@@ -437,6 +437,21 @@ def test_the_canary_dies_where_something_passes(world, monkeypatch):
     monkeypatch.setattr(secrets, 'token_hex', lambda n: 'known')
     with pytest.raises(JailError, match='nothing can pass'): canary('def f(): return "known"', accept_unsafe=HERE.number < 2)
 
+WORDS = st.sampled_from(['done', 'value', 'raised', 'ready', 'failed', 'pass', '', 'value None', 'value True', 'raised X', "value 'x'"])
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(WORDS, st.text(max_size=20)).map(' '.join) | st.text(), min_size=3, max_size=3))
+def test_no_line_from_the_jail_passes_or_escapes(lines):
+    "Whatever three lines a program writes into its pipe: a verdict, and never pass"
+    jailed = sandbox._Jail(QUICK, ())
+    jailed.begun, told = 0., iter(lines)
+    jailed._line, jailed._drain = lambda request: next(told), lambda: None
+    def work():
+        jailed.ask('load', 'code')
+        return 'pass' if all(jailed.ask('call', 'f', (n,)) == want for (n,), want in CASES) else 'fail', ''
+    found = jailed.outcome(work)
+    assert found.verdict in set(sandbox.VERDICTS) - {'pass'} and found.detail.isprintable() and len(found.detail) <= 300
+
 # --- what comes out of the jail
 
 plain = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text() | st.binary(),
