@@ -123,7 +123,8 @@ class _Jail:
         poll, names = select.poll(), {self.fds[name]: name for name in self.open}
         for fd in names: poll.register(fd, select.POLLIN)
         if todo: poll.register(self.fds['requests'], select.POLLOUT)
-        ready = poll.poll(max(0, self.deadline - time.monotonic()) * 1000)
+        left = self.deadline - time.monotonic()
+        ready = left > 0 and poll.poll(left * 1000)                        # not even what is there already: a program may write for ever
         if not ready: raise _Ended('timeout', f'not finished after {self.limits.seconds:g} s')
         for fd, _ in ready:
             if fd in names: self._keep(names[fd], os.read(fd, 1 << 16))
@@ -341,7 +342,7 @@ def python_tool(
     most:int=1000, # characters of output that the model reads
     accept_unsafe:bool=False, # as for `run`
 ):
-    "A tool str → str for the engine: what a program prints, with the value of its last line. Raises `ToolError`"
+    "A tool str → str for the engine: what a program prints, with the value of its last line. Each call begins anew. Raises `ToolError`"
     def python(code):
         found = run(code, limits, accept_unsafe=accept_unsafe, echo=True)
         if found.verdict != 'done': raise ToolError(f'{found.verdict}: {found.detail}'[:200])
