@@ -384,3 +384,29 @@ def test_fifty_kills_of_a_run(data, tmp_path):
     print(report)
     assert report['kills'] >= 40 and report['lost'] == 0 and report['ends'] == [[0]] * 17
     for i in range(17): assert reports(tmp_path/'fifty', f'killed-{i}') == reports(tmp_path/'fifty', 'straight')
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='signals of POSIX')
+def test_torchrun_starts_the_dead_again(tmp_path, monkeypatch):
+    "`--max-restarts`: one of two is killed by signal 9; torchrun starts both again, and the run ends as one that nobody disturbed"
+    import signal
+    from conftest import MICRO, ROOT, result, script
+    for args in (('data', 'prepare', '--name', 'micro', '--docs', 300, '--val-docs', 20), ('tok_train', '--data', 'micro', '--tag', 'micro', '--vocab-size', 512)):
+        assert script(*args, base=tmp_path).returncode == 0
+    def start(tag): return subprocess.Popen(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', '--max-restarts=2', '-m', 'nanochat.scripts.base_train', *MICRO,
+         '--batch-tokens', '1152', '--device', 'cpu', '--save-every', '5', '--tag', tag], env={**os.environ, 'NANOCHAT_BASE_DIR': str(tmp_path), 'OMP_NUM_THREADS': '1', 'NANOCHAT_COMMAND': '1'},
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def end(p):
+        out, err = p.communicate(timeout=400)
+        assert p.returncode == 0, err[-3000:]
+        return json.loads(out.splitlines()[-1])
+    straight, p = end(start('straight')), start('killed')
+    metrics, until = tmp_path/'base/killed/metrics.jsonl', time.time() + 200
+    while time.time() < until and not (metrics.exists() and '"step": 12' in metrics.read_text()): time.sleep(.02)
+    workers = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(p.pid)], capture_output=True, text=True).stdout.split()
+    rank = {int(w): dict(s.split('=', 1) for s in Path(f'/proc/{w}/environ').read_text().split('\0') if '=' in s).get('RANK') for w in workers}
+    os.kill(next(pid for pid, r in rank.items() if r == '1'), signal.SIGKILL)
+    again = end(p)
+    assert len(read_sessions(tmp_path/'base/killed')) == 2 and series(read_metrics(tmp_path/'base/killed'), 'loss')[0] == list(range(1, 41))
+    for k in ('steps', 'tokens', 'train_loss', 'val_bpb', 'val_loss', 'ledger'): assert again[k] == straight[k], k
