@@ -172,6 +172,8 @@ class _Jail:
             waiting.poll(_PATIENCE * 1000)
             os.close(self.pidfd)
         if self.process:
+            if self.pidfd is not None:                                     # the outer process buries process 1, and ends
+                with contextlib.suppress(subprocess.TimeoutExpired): self.process.wait(timeout=1)
             with contextlib.suppress(ProcessLookupError, PermissionError): os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process.stdout.close(); self.process.stderr.close()
@@ -309,15 +311,16 @@ def check(
         def candidate(*arguments): return jailed.ask('call', entry, _literals(arguments))
         def work():
             jailed.ask('load', code)
-            return _trusted(prompt, test, candidate)
+            return _trusted(prompt, test, entry, candidate)
         return jailed.outcome(work)
 
 # %% ../nbs/42_sandbox.ipynb #trusted
-def _trusted(prompt, test, candidate):
+def _trusted(prompt, test, entry, candidate):
     "Run a test on this side of the wall; `assert` counts even under `python -O`"
     scope, calls = {}, []
     def counted(*arguments): calls.append(arguments); return candidate(*arguments)
     for source in (prompt, test): exec(compile(source, '<test>', 'exec', dont_inherit=True, optimize=0), scope)
+    scope[entry] = counted                                             # a test may also call the function by its name
     try: scope['check'](counted)
     except (CallFailed, UserError): raise
     except AssertionError as e: return 'fail', _one_line(f'call {len(calls)}: {e}')
