@@ -62,7 +62,7 @@ SAMPLINGS = st.builds(Sampling, temperature=st.sampled_from([0., 0., 1.2]), top_
 REQUEST = st.tuples(st.sampled_from(BEGINNINGS), st.text('abc é', max_size=12), SAMPLINGS, st.integers(0, 9))
 
 @pytest.mark.parametrize('features', list(FEATURES))
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(requests=st.lists(REQUEST, min_size=1, max_size=7), chunk=st.sampled_from([1, 3, 16, 1024]), max_rows=st.sampled_from([1, 2, 5, 32]), again=st.booleans(),
        static=st.booleans())
 def test_any_company_gives_what_recomputing_gives(models, features, requests, chunk, max_rows, again, static):
