@@ -20,6 +20,7 @@ from .common import UserError
 from .conversation import message_text, parse_reply, render_prompt
 from .prefix import PrefixStore, weights_version
 from .sampling import Sampling, dials, measure, next_probs, sample
+from .static import StaticStep
 from .tokenizer import StreamDecoder
 from .tools import calculate, run_tool
 
@@ -156,11 +157,12 @@ class Engine:
         max_output:int=64, # tokens of one tool result
         chunk:int=1024, # prompt tokens read in one step, while the other rows go on writing
         prefix_bytes:int=2**28, # of caches kept for prompts that begin like an earlier text; 0: none
+        static:bool=False, # steps of fixed shapes, replayed as CUDA graphs on a GPU
     ):
         if tok.n_vocab > model.cfg.vocab_size:
             raise UserError(f'the tokenizer has {tok.n_vocab} tokens, the model {model.cfg.vocab_size}: they do not belong together')
         self.model, self.tok, self.tool, self.max_rows = model, tok, tool, max_rows
-        self.max_calls, self.max_output, self.chunk = max_calls, max_output, chunk
+        self.max_calls, self.max_output, self.chunk, self.static = max_calls, max_output, chunk, static
         self.marks = {tok.special(name): name[2:-2] for name in tok.specials}
         self.allowed, self.store = _allowed(tok, model.cfg.vocab_size), PrefixStore(prefix_bytes)
 
@@ -227,6 +229,7 @@ class Session:
         self._inbox, self._rows, self._numbers = deque(), {}, count()     # waiting; all that have no end yet, by number
         self._readings, self._unread = [], None                           # prompts that are being read, and their cache
         self._replies, self._cache, self._dials = [], None, None          # rows that write, their cache and settings
+        self._steps = {}                                                  # recorded steps by (rows, width), where they are static
 
     busy = property(lambda self: bool(self._inbox or self._readings or self._replies), doc='Whether `step` has anything to do.')
     width = property(lambda self: self._cache.max_len if self._cache else 0, doc='Tokens that the cache has room for in each row.')
@@ -307,9 +310,19 @@ class Session:
     def _read_last(self):
         "Read the last token of each row that writes: its hidden vector, (B, C)"
         self._cache = self._room(self._cache, 1)
-        hidden = self.model(self.engine.upload([[r.ids[-1]] for r in self._replies]), self._cache)[:, -1]
+        ids = self.engine.upload([[r.ids[-1]] for r in self._replies])
+        if self.engine.static: return self._replay(ids)
+        hidden = self.model(ids, self._cache)[:, -1]
         self._cache.advance(1)
         return hidden
+
+    def _replay(self, ids):
+        "The same in the buffers of a static step; rows are copied there when some have come or gone"
+        key = 1 << (len(ids) - 1).bit_length(), self._cache.max_len
+        if key not in self._steps: self._steps[key] = StaticStep(self.model, *key)
+        step = self._steps[key]
+        if self._cache is not step.view: step.load(self._cache); self._cache = step.view
+        return step(ids)
 
     def _read_prompts(self):
         "Read a piece of each prompt. Of those that are through: (cache, replies, hidden)"

@@ -219,7 +219,7 @@ class Run:
 
     def truncate_after(self, step:int):
         "Drop the lines of later steps: a resumed run writes them again. The file is replaced whole"
-        if not self.writes: return
+        if not self.writes or not self.metrics_path.exists(): return
         try: records, _ = _lines(self.metrics_path)
         except OSError as e: raise UserError(f'cannot read {self.metrics_path}: {(e.strerror or str(e)).lower()}') from e
         kept = [json.dumps(r) + '\n' for r in records if r['step'] <= step]

@@ -123,7 +123,8 @@ class _Jail:
         poll, names = select.poll(), {self.fds[name]: name for name in self.open}
         for fd in names: poll.register(fd, select.POLLIN)
         if todo: poll.register(self.fds['requests'], select.POLLOUT)
-        ready = poll.poll(max(0, self.deadline - time.monotonic()) * 1000)
+        left = self.deadline - time.monotonic()
+        ready = left > 0 and poll.poll(left * 1000)                        # not even what is there already: a program may write for ever
         if not ready: raise _Ended('timeout', f'not finished after {self.limits.seconds:g} s')
         for fd, _ in ready:
             if fd in names: self._keep(names[fd], os.read(fd, 1 << 16))
@@ -171,6 +172,8 @@ class _Jail:
             waiting.poll(_PATIENCE * 1000)
             os.close(self.pidfd)
         if self.process:
+            if self.pidfd is not None:                                     # the outer process buries process 1, and ends
+                with contextlib.suppress(subprocess.TimeoutExpired): self.process.wait(timeout=1)
             with contextlib.suppress(ProcessLookupError, PermissionError): os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process.stdout.close(); self.process.stderr.close()
@@ -308,15 +311,16 @@ def check(
         def candidate(*arguments): return jailed.ask('call', entry, _literals(arguments))
         def work():
             jailed.ask('load', code)
-            return _trusted(prompt, test, candidate)
+            return _trusted(prompt, test, entry, candidate)
         return jailed.outcome(work)
 
 # %% ../nbs/42_sandbox.ipynb #trusted
-def _trusted(prompt, test, candidate):
+def _trusted(prompt, test, entry, candidate):
     "Run a test on this side of the wall; `assert` counts even under `python -O`"
     scope, calls = {}, []
     def counted(*arguments): calls.append(arguments); return candidate(*arguments)
     for source in (prompt, test): exec(compile(source, '<test>', 'exec', dont_inherit=True, optimize=0), scope)
+    scope[entry] = counted                                             # a test may also call the function by its name
     try: scope['check'](counted)
     except (CallFailed, UserError): raise
     except AssertionError as e: return 'fail', _one_line(f'call {len(calls)}: {e}')
@@ -341,7 +345,7 @@ def python_tool(
     most:int=1000, # characters of output that the model reads
     accept_unsafe:bool=False, # as for `run`
 ):
-    "A tool str → str for the engine: what a program prints, with the value of its last line. Raises `ToolError`"
+    "A tool str → str for the engine: what a program prints, with the value of its last line. Each call begins anew. Raises `ToolError`"
     def python(code):
         found = run(code, limits, accept_unsafe=accept_unsafe, echo=True)
         if found.verdict != 'done': raise ToolError(f'{found.verdict}: {found.detail}'[:200])

@@ -119,7 +119,9 @@ def save_snapshot(run, step, model, optimizer, loader, tokenizer, clock, keep=2,
 def resume_snapshot(run, model, optimizer, loader, tokenizer) -> dict:
     "Load the newest good checkpoint of the run into everything; returns its state (`step` 0 when there is none)."
     path = on_rank_0(lambda: (path := latest(run.folder)) and str(path))
-    if path is None: return dict.fromkeys(CLOCK, 0)
+    if path is None:
+        run.truncate_after(0)                                                # lines of a start that was not saved
+        return dict.fromkeys(CLOCK, 0)
     saved = load_checkpoint(path, model.device, verified=True)                # latest has just read every byte
     if saved['manifest']['tokenizer_hash'] != tokenizer[1]:
         raise UserError(f'{path} was trained with another tokenizer than {tokenizer[0]!r}: use that one, another --tag, or --force')

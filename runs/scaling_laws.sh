@@ -27,7 +27,7 @@ options "$@"
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh" ""
 source runs/_series.sh
 
-if [ -n "$tiny" ]; then depths="${depths:-1 2}" flops="${flops:-2e10}" ratios="${ratios:-0.1 100}"; fi
+if [ -n "$tiny" ]; then depths="${depths:-1 2}" flops="${flops:-2e10}" ratios="${ratios:-0.01 100}"; fi
 depths="${depths:-8 10 12 14 16 18 20}" flops="${flops:-1e18 2.15e18 4.64e18 1e19}"
 
 needs="$("$PYTHON" -m nanochat.scripts.laws --plan --depths "$depths" --flops "$flops" --vocab-size "$vocab" --max-len "$max_len" --data "$data" \

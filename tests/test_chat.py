@@ -366,7 +366,7 @@ import json, sys, time
 from nanochat.chat import Chat
 from nanochat.engine import Engine, ScriptedModel
 from nanochat.preferences import read_pairs
-from nanochat.scripts.chat_cli import Screen, converse
+from nanochat.scripts import chat_cli
 from nanochat.tokenizer import Tokenizer
 from nanochat.xray import label, xray, xray_html
 tok = Tokenizer({bytes([i]): i for i in range(256)})
@@ -374,7 +374,8 @@ class Slow(ScriptedModel):
     def forward(self, ids, cache): time.sleep(0.01); return super().forward(ids, cache)
 chat = Chat(Engine(Slow(tok, {'Count': 'one ' * 200, 'Größe 🙂?': 'Groß. 🙂 Ende', 'Product': 'It is <|python_start|>37*24<|python_end|>888.'}, default='I see.'), tok))
 print('ready', flush=True)
-converse(chat, Screen())
+chat_cli.open_chat = lambda **options: chat
+chat_cli.chat_cli()
 print('LEFT', json.dumps([m['role'] for m in chat.messages]))
 '''
 
@@ -410,7 +411,8 @@ def test_keys_in_a_terminal(last):
     os.write(fd, b'Product\n'); until(b'\x1b[2m[\x1b[0m'); until(b'888.'); until(b'you> ')
     os.write(fd, 'Größe 🙂?\n'.encode()); until('Groß. 🙂 Ende'.encode()); until(b'you> ')      # characters of several bytes, both ways
     os.write(fd, b'/retry\n'); until('Groß. 🙂 Ende'.encode()); until(b'the same reply again'); until(b'you> ')
-    press(last, b'LEFT ["user", "assistant", "user", "assistant", "user", "assistant"]')
+    os.write(fd, b'\x1b[A\x1b[A\r'); until('Groß. 🙂 Ende'.encode()); until(b'you> ')                       # two lines up: the question again
+    press(last, b'LEFT ["user", "assistant", "user", "assistant", "user", "assistant", "user", "assistant"]')
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     os.close(fd)
 

@@ -52,6 +52,17 @@ def test_the_folded_answers_are_the_truth(doctor, capsys):
     doctor['feedback']({1: 'flu', 2: 'slow loader'})
     assert "'flu' is not in the table" in (said := capsys.readouterr().out) and 'case 2: not slow loader, since its steps wait for data' in said
 
+def test_what_the_answers_say_of_the_cases(doctor):
+    case, floor, well = {int(n): r for n, r in STORED['cases'].items()}, doctor['floor'], STORED['reference']
+    speed = [statistics.median(r['tokens_per_s']) for r in (case[1], case[6])]
+    assert case[1]['loss'] == case[6]['loss'] and case[1]['grad_norm'] == case[6]['grad_norm'] and .5 < speed[0] / speed[1] < .7
+    assert statistics.fmean(case[2]['loss'][-10:]) < floor / 50 and max(case[3]['loss'][:10]) > 2 * math.log(STORED['vocab_size'])
+    assert case[4]['grad_norm'][29] < case[4]['grad_norm'][89] < case[4]['grad_norm'][149]
+    val = series(case[5], 'val_loss')[1]
+    assert min(val) == val[1] and val[-1] > val[1] + 1 and case[5]['loss'][-1] < floor / 5
+    cliff = next(s for s, l in enumerate(well['loss']) if l < STORED['marks']['unigram entropy'])
+    assert case[7]['loss'][cliff] > 6.8 and case[7]['grad_norm'][-1] > 2 * well['grad_norm'][-1]
+
 def test_every_name_of_the_table_can_be_diagnosed(doctor):
     assert re.findall(r'^\| `([a-z ]+)` \|', CELLS['diseases'], re.M) == NAMES
     r = copy.deepcopy(STORED['reference'])

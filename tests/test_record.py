@@ -356,3 +356,54 @@ def test_live_plot_in_a_real_kernel(tmp_path):
     live, last = (c.outputs for c in nb.cells)
     assert Client.kinds.count('update_display_data') == 3 and len(live) == 1
     assert live[0].data['image/png'] == last[0].data['image/png']
+
+# --- what a real run records
+
+@pytest.fixture(scope='module')
+def small_world(tmp_path_factory):
+    "Data and a tokenizer for `base_train`, both called toy"
+    from nanochat.scripts.data import prepare
+    from nanochat.scripts.tok_train import tok_train
+    base = tmp_path_factory.mktemp('base')
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('NANOCHAT_BASE_DIR', str(base))
+        prepare('tinyworld', name='toy', docs=150, val_docs=10)
+        tok_train(data='toy', tag='toy', vocab_size=300)
+    return base
+
+def toy_run(tag, **kw):
+    from nanochat.scripts.base_train import base_train
+    return base_train(depth=1, data='toy', tokenizer='toy', tag=tag, max_len=32, steps=6, batch_tokens=128, eval_tokens=200, save_every=2, device='cpu', **kw)
+
+def test_a_run_records_its_dial_its_data_and_its_code(small_world, monkeypatch):
+    "Also the commit of each session: an edited checkout is `-dirty`, and going on with another commit is recorded, not refused"
+    from nanochat.common import environment, sha256_file
+    monkeypatch.setenv('NANOCHAT_BASE_DIR', str(small_world))
+    commits = iter(('0123456789ab', '0123456789ab-dirty', '0123456789ab-dirty'))
+    monkeypatch.setattr(record, 'environment', lambda: {**environment(), 'commit': next(commits)})
+    monkeypatch.setattr('nanochat.train.check_alive', lambda *a: None)
+    def stop(step, metrics):
+        if step == 5: raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError): toy_run('told', on_step=stop)
+    folder = small_world/'base/told'
+    assert read_result(folder) is None and [s['environment']['commit'] for s in read_sessions(folder)] == ['0123456789ab']     # a run that crashed has it too
+    result = toy_run('told')
+    config = json.loads((folder/'config.json').read_text())
+    assert config['recipe']['depth'] == 1 and config['recipe']['steps'] == 6 and config['recipe']['matrix_lr'] > 0 and config['seed'] == 0
+    assert config['data_sha256'] == sha256_file(small_world/'data/toy/manifest.json') and len(config['tokenizer']) == 64
+    assert [s['environment']['commit'] for s in read_sessions(folder)] == ['0123456789ab', '0123456789ab-dirty']
+    assert result['environment'] == environment() and {'python', 'torch', 'cpus', 'device_name'} <= result['environment'].keys()
+    m = read_metrics(folder)
+    assert series(m, 'loss')[0] == [1, 2, 3, 4, 5, 6] and {'lr', 'grad_norm', 'tokens', 'seconds', 'tokens_per_s', 'data_seconds', 'val_bpb'} <= m.keys()
+    assert all(0 <= wait <= 60 for wait in series(m, 'data_seconds')[1])
+
+def test_a_tracker_follows_base_train(small_world, monkeypatch):
+    monkeypatch.setenv('NANOCHAT_BASE_DIR', str(small_world))
+    fake = Fake(); fake.use(monkeypatch, 'trackio'); fake.log = lambda metrics, step: fake.calls.append((step, *sorted(metrics)))
+    toy_run('tracked', track='trackio')
+    told = [c[0] for c in fake.calls]
+    assert told[:7] == ['init', 1, 2, 3, 4, 5, 6] and told[-1] == 'finish' and set(told[7:-1]) == {6}
+    assert 'grad_norm' in fake.calls[1] and any('val_bpb' in c for c in fake.calls)
+    before = {p: p.read_bytes() for p in (small_world/'base/tracked').rglob('*') if p.is_file()}
+    with pytest.raises(UserError, match='none of wandb, trackio, tensorboard'): toy_run('tracked', track='wanbd', force=True)
+    assert before == {p: p.read_bytes() for p in (small_world/'base/tracked').rglob('*') if p.is_file()}

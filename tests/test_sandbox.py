@@ -427,6 +427,24 @@ def test_a_test_of_the_humaneval_kind(world):
     with pytest.raises(UserError, match='never calls'): check(right, 'def check(candidate): pass', 'f', **unsafe)
     with pytest.raises(UserError, match='cannot cross'): check(right, 'def check(candidate): candidate(object())', 'f', **unsafe)
 
+def test_a_test_may_call_the_function_by_its_name(world):
+    named = 'def check(candidate):\n    assert candidate(2) == 4 and f(3) == 6'
+    assert check('def f(x): return 2 * x', named, 'f', 'def f(x):\n    """twice"""\n', accept_unsafe=HERE.number < 2)[:2] == ('pass', '2 calls')
+
+@pytest.mark.slow
+@pytest.mark.skipif('NANOCHAT_SHARED_DATA' not in os.environ, reason='NANOCHAT_SHARED_DATA names no folder with HumanEval')
+def test_humaneval():
+    "All 164 reference solutions pass; the prompt alone, an early exit and an object that is equal to everything never do"
+    import gzip
+    rows = gzip.decompress((Path(os.environ['NANOCHAT_SHARED_DATA'])/'humaneval/HumanEval.jsonl.gz').read_bytes()).decode().splitlines()
+    tasks, equal = [json.loads(r) for r in rows], 'class Y:\n    def __eq__(self, other): return True\ndef {}(*a): return Y()'
+    def verdicts(program):
+        one = lambda t: check(program(t), t['test'], t['entry_point'], t['prompt'], Limits(seconds=60), accept_unsafe=HERE.number < 2).verdict
+        with ThreadPoolExecutor(2) as pool: return list(pool.map(one, tasks))
+    assert verdicts(lambda t: t['prompt'] + t['canonical_solution']) == ['pass'] * 164
+    for cheat in (lambda t: t['prompt'] + '    pass', lambda t: 'import sys; sys.exit(0)', lambda t: equal.format(t['entry_point'])):
+        assert 'pass' not in verdicts(cheat)
+
 @pytest.mark.slow
 def test_asserts_count_under_python_O(world):
     script = f"from nanochat.sandbox import check\nprint(check('def f(x): return 0', 'def check(c):\\n    assert c(1) == 5', 'f', accept_unsafe={HERE.number < 2})[0])"
@@ -436,6 +454,21 @@ def test_asserts_count_under_python_O(world):
 def test_the_canary_dies_where_something_passes(world, monkeypatch):
     monkeypatch.setattr(secrets, 'token_hex', lambda n: 'known')
     with pytest.raises(JailError, match='nothing can pass'): canary('def f(): return "known"', accept_unsafe=HERE.number < 2)
+
+WORDS = st.sampled_from(['done', 'value', 'raised', 'ready', 'failed', 'pass', '', 'value None', 'value True', 'raised X', "value 'x'"])
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(WORDS, st.text(max_size=20)).map(' '.join) | st.text(), min_size=3, max_size=3))
+def test_no_line_from_the_jail_passes_or_escapes(lines):
+    "Whatever three lines a program writes into its pipe: a verdict, and never pass"
+    jailed = sandbox._Jail(QUICK, ())
+    jailed.begun, told = 0., iter(lines)
+    jailed._line, jailed._drain = lambda request: next(told), lambda: None
+    def work():
+        jailed.ask('load', 'code')
+        return 'pass' if all(jailed.ask('call', 'f', (n,)) == want for (n,), want in CASES) else 'fail', ''
+    found = jailed.outcome(work)
+    assert found.verdict in set(sandbox.VERDICTS) - {'pass'} and found.detail.isprintable() and len(found.detail) <= 300
 
 # --- what comes out of the jail
 

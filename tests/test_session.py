@@ -62,12 +62,13 @@ SAMPLINGS = st.builds(Sampling, temperature=st.sampled_from([0., 0., 1.2]), top_
 REQUEST = st.tuples(st.sampled_from(BEGINNINGS), st.text('abc é', max_size=12), SAMPLINGS, st.integers(0, 9))
 
 @pytest.mark.parametrize('features', list(FEATURES))
-@settings(max_examples=6, deadline=None)
-@given(requests=st.lists(REQUEST, min_size=1, max_size=7), chunk=st.sampled_from([1, 3, 16, 1024]), max_rows=st.sampled_from([1, 2, 5, 32]), again=st.booleans())
-def test_any_company_gives_what_recomputing_gives(models, features, requests, chunk, max_rows, again):
+@settings(max_examples=4, deadline=None)
+@given(requests=st.lists(REQUEST, min_size=1, max_size=7), chunk=st.sampled_from([1, 3, 16, 1024]), max_rows=st.sampled_from([1, 2, 5, 32]), again=st.booleans(),
+       static=st.booleans())
+def test_any_company_gives_what_recomputing_gives(models, features, requests, chunk, max_rows, again, static):
     "Random prompts, settings, times of arrival, pieces and places; then once more, when all prefixes are stored"
     model = models[features]
-    engine = Engine(model, tok, count, max_rows=max_rows, chunk=chunk)
+    engine = Engine(model, tok, count, max_rows=max_rows, chunk=chunk, static=static)
     for _ in range(1 + again):
         session, waiting, rows, step = engine.session(), sorted(requests, key=lambda r: r[3]), {}, 0
         while waiting or session.busy:
@@ -285,6 +286,20 @@ def test_logprobs_are_the_models_own(models):
             assert [i for i, _ in e.top] == lp.topk(s.logprobs).indices.tolist() and [p for _, p in e.top] == pytest.approx(lp.topk(s.logprobs).values.tolist())
     assert any(e.forced for e in got[3])
 
+# ---- static shapes
+
+def test_static_steps_keep_their_buffers(models):
+    "Rows come and go; every step of a bucket runs in the same memory, with the same shapes"
+    quiet = {i: -99. for i in tok.special_ids}
+    session, s = Engine(models['all'], tok, count, static=True).session(), Sampling(max_tokens=12, temperature=1., seed=0, bias=quiet)
+    session.add(ids_of('a'), s); session.step(); session.step()
+    def shape(step): return [(z.data_ptr(), tuple(z.shape)) for z in (*step.cache.k, *step.cache.v, step.cache.pos, step.cache.last, step.ids)]
+    before = {key: shape(step) for key, step in session._steps.items()}
+    for n in range(20): session.add(ids_of('b'*(n % 5)), s)
+    while session.busy: session.step()
+    assert list(before) == [(1, 64)] and {64} == {width for _, width in session._steps} and max(rows for rows, _ in session._steps) == 32
+    assert all(shape(session._steps[key]) == old for key, old in before.items())
+
 # ---- what a step costs
 
 class Waits(TorchFunctionMode):
@@ -298,14 +313,14 @@ class Waits(TorchFunctionMode):
         if reads and not any(args[0] is h for h in self.host): self.n += 1
         return out
 
+@pytest.mark.parametrize('static', [False, True], ids=['plain', 'static'])
 @pytest.mark.parametrize('features', list(FEATURES))
-def test_a_step_waits_for_the_device_once(models, features):
-    session = Engine(models[features], tok, count).session()
+def test_a_step_waits_for_the_device_once(models, features, static):
+    session = Engine(models[features], tok, count, static=static).session()
     quiet = {i: -99. for i in tok.special_ids}
     for n, s in enumerate((dict(), dict(temperature=1., top_k=5, seed=0), dict(temperature=1., top_p=.9, min_p=.1, seed=0, repetition_penalty=1.1, logprobs=3))):
         session.add(ids_of('a'*(n + 1)), Sampling(max_tokens=60, bias=quiet, **s))
     session.step()
-    dice = torch.rand((), generator=torch.Generator()).item
     for _ in range(20):
         with Waits() as waits:
             for r in session._replies: r.throw = lambda: .5                       # the dice are on the host, and so are their numbers

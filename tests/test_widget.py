@@ -1,5 +1,5 @@
 "The chat cell without a browser: what it keeps, what it sends, what it shows where no widget runs"
-import subprocess, sys, threading, time
+import os, subprocess, sys, threading, time
 from html.parser import HTMLParser
 import pytest
 pytest.importorskip('anywidget', reason='anywidget is not installed: pip install nanochat[notebook]')
@@ -273,3 +273,26 @@ def test_the_stored_page_reads_without_a_kernel():
     assert set(out.data) == {'text/plain', 'text/html'} and '37*24 = 888' in out.data['text/plain'] and '37*24 = 888' in out.data['text/html']
     seen = Tags(); seen.feed(out.data['text/html'])
     assert seen.tags <= {'div', 'span', 'code', 'i'}
+
+def test_nbval_compares_the_stored_transcript(tmp_path):
+    "A cell whose widget said what is stored passes nbval; one with another word stored does not"
+    import nbformat
+    from conftest import ROOT
+    pytest.importorskip('nbval')
+    code = '''from nanochat.chat import Chat
+from nanochat.engine import Engine, ScriptedModel
+from nanochat.tokenizer import Tokenizer
+from nanochat.widget import ChatWidget
+tok = Tokenizer({bytes([i]): i for i in range(256)})
+widget = ChatWidget(Chat(Engine(ScriptedModel(tok, {'product': 'It is <|python_start|>37*24<|python_end|>888.'}), tok)))
+widget.ask('product').join()
+widget'''
+    w = make(); w.ask('product').join()
+    stored = {k: v for k, v in w._repr_mimebundle_()[0].items() if k.startswith('text/')}
+    wrong = {k: v.replace('888', '887') for k, v in stored.items()}
+    def cell(source, data): return nbformat.v4.new_code_cell(source, outputs=[nbformat.v4.new_output('execute_result', data, execution_count=1)], execution_count=1)
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell(code, stored), cell('widget', wrong)], metadata={'kernelspec': {'name': 'python3', 'display_name': 'Python 3'}}),
+                   tmp_path/'page.ipynb')
+    r = subprocess.run([sys.executable, '-m', 'pytest', '--nbval', '-q', '-p', 'no:cacheprovider', '-c', '/dev/null', '--rootdir', tmp_path, tmp_path],
+                       capture_output=True, text=True, timeout=280, env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'})
+    assert '1 failed, 1 passed' in r.stdout and 'Cell 1' in r.stdout.split('FAILED')[-1], r.stdout[-2000:]

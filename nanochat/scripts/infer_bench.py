@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['held_bytes', 'keys_seen', 'step_bytes', 'weights_multiplied', 'step_flops', 'clock', 'seconds_of', 'read_rate',
-           'product_rate', 'floor_seconds', 'random_prompts', 'generate', 'answer_floor', 'naive_seconds', 'Peak',
-           'peak_mib', 'bench_rows', 'fresh_model', 'validation', 'infer_bench', 'show', 'main']
+           'product_rate', 'machine_rates', 'floor_seconds', 'random_prompts', 'generate', 'answer_floor',
+           'naive_seconds', 'Peak', 'peak_mib', 'bench_rows', 'fresh_model', 'validation', 'infer_bench', 'show',
+           'main']
 
 # %% ../../nbs/45_infer_bench.ipynb #imports
 import statistics, time, weakref
@@ -88,6 +89,11 @@ def product_rate(device='cpu', dtype=torch.float32, n:int=1024) -> float:
     "Operations per second of a product of square matrices."
     a = torch.ones(n, n, device=device, dtype=dtype)
     return 2*n**3 / seconds_of(lambda: F.linear(a, a), device)
+
+def machine_rates(device='cpu', dtype=torch.float32) -> tuple[float, float]: # as `read_rate` and `product_rate`
+    "Both, with sizes that keep the device busy: a GPU is done with small ones before it has begun."
+    sizes = (1024, 8192) if torch.device(device).type == 'cuda' else (128, 1024)
+    return read_rate(device, dtype, sizes[0]), product_rate(device, dtype, sizes[1])
 
 def floor_seconds(n_bytes:float, flops:float, read:float, products:float) -> float:
     "The least time for so many bytes and operations: both can happen at once, so the longer of the two."
@@ -225,7 +231,7 @@ def infer_bench(
     _sizes(rows, prompt, new, model.cfg.max_len)
     model = for_inference(model)
     kinds = {str(model.dtype)[6:]: model, **({'int8': quantize(model)} if int8 else {})}
-    read, products, cfg = read_rate(where, model.dtype), product_rate(where, model.dtype), model.cfg
+    (read, products), cfg = machine_rates(where, model.dtype), model.cfg
     lines = [bench_rows(kinds, tok, n, prompt, new, read, products, tries) for n in progress(sizes, desc='bench', unit='line')]
     naive = 1/naive_seconds(model, prompt, new)
     batches = [] if depth or not int8 else validation(tag, stage, tok, cfg.max_len)
