@@ -29,7 +29,8 @@ def apply_rotary(
     positions:torch.Tensor|None=None, # (B, T) long; None: 0 … T-1 in every row
 ) -> torch.Tensor: # (B, T, H, D), same dtype, same length of every vector
     "Turn coordinate pairs (i, i + D/2) of each head by an angle that grows with the position."
-    if positions is None: cos, sin = cos[:x.shape[1], None], sin[:x.shape[1], None]      # (T, 1, D/2)
+    if cos.dim() == 3: cos, sin = cos[:, :, None], sin[:, :, None]                      # (B, T, D/2): already those of the positions
+    elif positions is None: cos, sin = cos[:x.shape[1], None], sin[:x.shape[1], None]    # (T, 1, D/2)
     else: cos, sin = cos[positions][:, :, None], sin[positions][:, :, None]             # (B, T, 1, D/2)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a*cos - b*sin, b*cos + a*sin], dim=-1).to(x.dtype)

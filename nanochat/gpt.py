@@ -79,6 +79,8 @@ def _check(cfg):
         if not _fits(getattr(cfg, f.name), f.type): raise UserError(f'model config: {f.name} must be {wanted}, got {getattr(cfg, f.name)!r}')
     if cfg.n_head % cfg.n_kv_head:
         raise UserError(f'model config: n_kv_head={cfg.n_kv_head} must divide n_head={cfg.n_head}')
+    for name, on in (('smear_channels', cfg.smear), ('value_gate_channels', cfg.value_embeds)):
+        if on and getattr(cfg, name) > cfg.n_embd: raise UserError(f'model config: {name}={getattr(cfg, name)} is more than the width {cfg.n_embd}')
     if cfg.head_dim % 2: raise UserError(f'model config: head_dim must be even, got {cfg.head_dim}')
     if cfg.arch_version != 1:
         raise UserError(f'model config: arch_version {cfg.arch_version} is unknown here; this nanochat builds version 1')
@@ -90,7 +92,7 @@ def _windows(cfg):
 # %% ../nbs/21_gpt.ipynb #linear
 def cast_product(x:torch.Tensor, weight:torch.Tensor) -> torch.Tensor:
     "(..., K) times (N, K) transposed, in the type of x."
-    return F.linear(x, weight.to(x.dtype))
+    return F.linear(x, weight if weight.dtype == x.dtype else weight.to(x.dtype))
 
 class Linear(nn.Linear):
     "A matrix without bias. New weights are uniform in ±√(3/fan_in), so that unit-variance input gives unit-variance output."
@@ -130,7 +132,8 @@ class CausalSelfAttention(nn.Module):
         if value is not None:
             gate = 2*torch.sigmoid(self.value_gate(x[..., :cfg.value_gate_channels]))                             # (B, T, G)
             v = v + gate[..., None] * value.view_as(v)
-        q, k = (apply_rotary(rms_norm(z, cfg.norm_eps), *call.rope, call.positions) for z in (q, k))
+        if cache is None: q, k = (apply_rotary(rms_norm(z, cfg.norm_eps), *call.rope) for z in (q, k))
+        else: q, k = apply_rotary(rms_norm(torch.cat([q, k], 2), cfg.norm_eps), *call.rope).split([cfg.n_head, cfg.n_kv_head], 2)    # few tokens: fewer operations
         if cache is not None: k, v, k_pos = cache.update(self.layer, k, v)
         q_pos = None if cache is None or cache.even and k_pos is None else call.positions
         scale = cfg.qk_gain**2 / cfg.head_dim**0.5                                     # gain on q times gain on k
@@ -151,7 +154,7 @@ class _ReluSquared(torch.autograd.Function):
 
 def relu_squared(x:torch.Tensor) -> torch.Tensor:
     "max(x, 0)², with a gradient in two passes over memory."
-    return _ReluSquared.apply(x)
+    return _ReluSquared.apply(x) if torch.is_grad_enabled() else F.relu(x).square_()
 
 # %% ../nbs/21_gpt.ipynb #mlp
 class MLP(nn.Module):
@@ -256,7 +259,9 @@ class GPT(nn.Module):
         cfg, T = self.cfg, ids.shape[1]
         if not 1 <= T <= cfg.max_len: raise ValueError(f'{T} tokens, but the model takes 1 to max_len={cfg.max_len}')
         docs = docs if cfg.mask_docs else None
-        call = Call(self.rope(ids.device), None if cache is None else cache.positions(T), cache, docs, self.attend())
+        rope, positions = self.rope(ids.device), None if cache is None else cache.positions(T)
+        if cache is not None: rope = tuple(table[positions] for table in rope)              # once, for all layers
+        call = Call(rope, positions, cache, docs, self.attend())
         x = rms_norm(self.wte(ids).to(self.dtype), cfg.norm_eps)
         if cfg.smear: x = self._smeared(x, cache, docs)
         x0 = x

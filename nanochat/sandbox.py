@@ -348,7 +348,7 @@ def python_tool(
     "A tool str → str for the engine: what a program prints, with the value of its last line. Each call begins anew. Raises `ToolError`"
     def python(code):
         found = run(code, limits, accept_unsafe=accept_unsafe, echo=True)
-        if found.verdict != 'done': raise ToolError(f'{found.verdict}: {found.detail}'[:200])
+        if found.verdict != 'done': raise ToolError((found.detail if found.verdict == 'error' else f'{found.verdict}: {found.detail}')[:200])
         text = found.stdout.rstrip('\n')
         return text if len(text) <= most else text[:most] + '…'
     _chosen(None, accept_unsafe)                                       # refuse before the conversation begins
