@@ -21,6 +21,7 @@ from .conversation import message_text, parse_reply, render_prompt
 from .prefix import PrefixStore, weights_version
 from .sampling import Sampling, dials, measure, next_probs, sample
 from .static import StaticStep
+from .speculate import Guesses, draft
 from .tokenizer import StreamDecoder
 from .tools import calculate, run_tool
 
@@ -98,7 +99,7 @@ class _Reply:
         seed = secrets.randbits(48) if sampling.seed is None else sampling.seed
         self.dice, self.decoder, self.stops = _dice(seed, sample), StreamDecoder(engine.tok), _Stops(sampling.stop)
         self.kind, self.finish, self.stopping, self.seen = 'text', None, False, None
-        self.call, self.calls, self.forced = [], 0, deque(sampling.forced)
+        self.call, self.calls, self.forced, self.guesses = [], 0, deque(sampling.forced), Guesses()
 
     @property
     def state(self):
@@ -145,6 +146,14 @@ class _Reply:
         if len(ids) > most and not result.startswith('error: '): ids = tok.encode('error: the result is too long')
         self.forced.extendleft(reversed([tok.special('output_start'), *ids[:most], tok.special('output_end')]))
 
+    def ahead(self, most):
+        "Tokens that may come next: what is forced, or a guess"
+        most = min(most, self.limit - (len(self.ids) - self.start) - 1)
+        if self.stopping or most < 1: return []
+        if self.forced: return list(self.forced)[:most]
+        if self.sampling.temperature or self.sampling.stop or not self.guesses.worth: return []
+        return draft(self.ids, most, self.engine.marks)
+
 # %% ../nbs/40_engine.ipynb #engine
 class Engine:
     "Writes replies: a ragged batch with a cache, sampling, and a tool in the middle. Reads the model and never changes it"
@@ -158,11 +167,13 @@ class Engine:
         chunk:int=1024, # prompt tokens read in one step, while the other rows go on writing
         prefix_bytes:int=2**28, # of caches kept for prompts that begin like an earlier text; 0: none
         static:bool=False, # steps of fixed shapes, replayed as CUDA graphs on a GPU
+        speculate:int=0, # tokens to guess ahead for greedy rows, and to read at once of what is forced; 0: none
     ):
         if tok.n_vocab > model.cfg.vocab_size:
             raise UserError(f'the tokenizer has {tok.n_vocab} tokens, the model {model.cfg.vocab_size}: they do not belong together')
+        if static and speculate: raise UserError('static steps read one token, and speculation several: choose one of the two')
         self.model, self.tok, self.tool, self.max_rows = model, tok, tool, max_rows
-        self.max_calls, self.max_output, self.chunk, self.static = max_calls, max_output, chunk, static
+        self.max_calls, self.max_output, self.chunk, self.static, self.speculate = max_calls, max_output, chunk, static, speculate
         self.marks = {tok.special(name): name[2:-2] for name in tok.specials}
         self.allowed, self.store = _allowed(tok, model.cfg.vocab_size), PrefixStore(prefix_bytes)
 
@@ -257,12 +268,12 @@ class Session:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        "One token for each row that writes, and one piece of the prompts that are being read"
-        hidden = [self._read_last()] if self._replies else []
-        events, begun = self._admit()
+        "One token for each row that writes (more where a guess came true), and one piece of the prompts that are being read"
+        events, hidden = self._go_on() if self._replies else ([], [])
+        admitted, begun = self._admit()
         if self._readings: begun += self._read_prompts()
         if begun: hidden.append(self._begin(begun))
-        return events + self._write(torch.cat(hidden)) if hidden else events
+        return events + admitted + (self._write(torch.cat(hidden)) if hidden else [])
 
     def _admit(self):
         "Let waiting replies in while there are places. Events of forced beginnings; and of prompts that are stored: (cache, replies, hidden)"
@@ -324,6 +335,37 @@ class Session:
         if self._cache is not step.view: step.load(self._cache); self._cache = step.view
         return step(ids)
 
+    def _go_on(self):
+        "Read the last token of each row, and a draft behind it: events of what came true, and a list with the hidden vectors to go on from"
+        room = self.model.cfg.max_len - max(self._cache.lengths) - 1
+        drafts = [r.ahead(min(room, self.engine.speculate)) for r in self._replies]
+        if not any(drafts): return [], [self._read_last()]
+        T = 1 + max(map(len, drafts))
+        self._cache = self._room(self._cache, T)
+        ids = [[r.ids[-1], *d, *[self.engine.tok.bos]*(T - 1 - len(d))] for r, d in zip(self._replies, drafts)]
+        hidden = self.model(self.engine.upload(ids), self._cache)
+        events, right = self._check(drafts, hidden)
+        read = [n - bool(r.finish) for r, n in zip(self._replies, right)]              # the last token of a row is never read
+        self._cache.advance([1 + n for n in read])
+        hidden = self._let_go(hidden[range(len(read)), read])
+        return events, [hidden] if self._replies else []
+
+    def _check(self, drafts, hidden):
+        "Hand out the tokens of each draft, up to the first that the row would not choose: (events, how many of each draft)"
+        rows, right, events, forced = [i for i, d in enumerate(drafts) if d], [0]*len(drafts), [], [bool(r.forced) for r in self._replies]
+        logits = dict(zip(rows, self.model.logits(hidden[rows])))                      # row → (T, V)
+        for j in range(hidden.shape[1] - 1):
+            rows = [i for i in rows if right[i] == j < len(drafts[i]) and not self._replies[i].finish]
+            if not rows: break
+            self._dials = None
+            for i, chosen in zip(rows, self._choose([self._replies[i] for i in rows], torch.stack([logits[i][j] for i in rows]))):
+                if int(chosen[0]) != drafts[i][j]: continue
+                events.append(self._event(self._replies[i], *chosen))
+                right[i] += 1
+        for r, d, n, known in zip(self._replies, drafts, right, forced): r.guesses.count(0 if known else len(d), 0 if known else n)
+        self._dials = None
+        return events, right
+
     def _read_prompts(self):
         "Read a piece of each prompt. Of those that are through: (cache, replies, hidden)"
         readings, room = self._readings, self.model.cfg.max_len - max(r.at for r in self._readings)
@@ -383,13 +425,19 @@ class Session:
         replies, logits = self._replies, self.model.logits(hidden)
         table = self._choose(replies, logits)
         events = [self._event(reply, *row) for reply, row in zip(replies, table)]
+        self._let_go(hidden)
+        return events
+
+    def _let_go(self, hidden):
+        "Rows that have ended leave; the hidden vectors of those that stay"
+        replies = self._replies
         keep = [i for i, reply in enumerate(replies) if not reply.finish]
-        if len(keep) == len(replies): return events
+        if len(keep) == len(replies): return hidden
         for i in set(range(len(replies))) - set(keep):
             self._remember(replies[i].ids[:-1], self._cache, i, hidden)
             self._rows.pop(replies[i].row, None)
         self._replies, self._cache, self._dials = [replies[i] for i in keep], self._cache.select(keep) if keep else None, None
-        return events
+        return hidden[keep]
 
 # %% ../nbs/40_engine.ipynb #reading
 class _Reading:

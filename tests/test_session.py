@@ -64,11 +64,11 @@ REQUEST = st.tuples(st.sampled_from(BEGINNINGS), st.text('abc é', max_size=12),
 @pytest.mark.parametrize('features', list(FEATURES))
 @settings(max_examples=4, deadline=None)
 @given(requests=st.lists(REQUEST, min_size=1, max_size=7), chunk=st.sampled_from([1, 3, 16, 1024]), max_rows=st.sampled_from([1, 2, 5, 32]), again=st.booleans(),
-       static=st.booleans())
-def test_any_company_gives_what_recomputing_gives(models, features, requests, chunk, max_rows, again, static):
+       way=st.sampled_from([dict(), dict(static=True), dict(speculate=1), dict(speculate=5)]))
+def test_any_company_gives_what_recomputing_gives(models, features, requests, chunk, max_rows, again, way):
     "Random prompts, settings, times of arrival, pieces and places; then once more, when all prefixes are stored"
     model = models[features]
-    engine = Engine(model, tok, count, max_rows=max_rows, chunk=chunk, static=static)
+    engine = Engine(model, tok, count, max_rows=max_rows, chunk=chunk, **way)
     for _ in range(1 + again):
         session, waiting, rows, step = engine.session(), sorted(requests, key=lambda r: r[3]), {}, 0
         while waiting or session.busy:
@@ -354,3 +354,47 @@ def test_memory_is_flat_over_requests(): flat(150, 150, 40_000)
 
 @pytest.mark.slow
 def test_memory_is_flat_over_ten_thousand_requests(): flat(10_000, 1000, 20_000)
+
+# ---- guesses
+
+@pytest.mark.parametrize('features', list(FEATURES))
+def test_guesses_change_nothing_but_the_number_of_steps(models, features):
+    "Greedy rows that repeat themselves, one that samples, one with a stop string, one that meets its limit, a tool in the middle"
+    quiet = {mark('assistant_end'): -99., tok.bos: -99., mark('python_start'): -99.}
+    prompts = [ids_of(t) for t in ('abcabcabcabc', 'x'*30, 'one two one two one', 'abcabc', 'abababab', 'say it again say it again')]
+    each = [Sampling(max_tokens=40, bias=quiet), Sampling(max_tokens=7, bias=quiet), Sampling(max_tokens=30, temperature=1., seed=3), Sampling(max_tokens=40, stop=('b',)),
+            Sampling(max_tokens=40, repetition_penalty=1.3), Sampling(max_tokens=30, forced=tuple([mark('python_start'), *tok.encode('1+1'), mark('python_end')]))]
+    spies = [Spy(models[features]) for _ in range(2)]
+    plain, guessed = (Engine(spy, tok, count, prefix_bytes=0, speculate=n).complete(prompts, each) for spy, n in zip(spies, (0, 4)))
+    assert plain == guessed and [c.ids for c in plain] == [naive(models[features], p, s)[0] for p, s in zip(prompts, each)]
+    assert len(spies[1].read) < len(spies[0].read)
+
+def test_a_guess_never_goes_past_the_end(models):
+    model = gpt(max_len=32)
+    for prompt in ('ab'*n for n in (4, 10, 14)):
+        for n in (1, 4, 50):
+            done = Engine(model, tok, count, speculate=n).complete([ids_of(prompt), ids_of('q')], Sampling(max_tokens=None, bias={tok.bos: -99., mark('assistant_end'): -99.}))
+            assert done == Engine(model, tok, count).complete([ids_of(prompt), ids_of('q')], Sampling(max_tokens=None, bias={tok.bos: -99., mark('assistant_end'): -99.}))
+
+def test_a_row_that_guesses_badly_gives_up(models):
+    session = Engine(ScriptedModel(tok, {'q': ''.join(f'ab{chr(48 + i % 70)}' for i in range(66))}), tok, None, speculate=4).session()
+    row = session.add(ask('q'), Sampling(max_tokens=200))
+    reply = session._rows[row]
+    while session.busy: session.step()
+    assert not reply.guesses.worth and reply.guesses.made < 24 + 8
+
+def test_cancelled_in_the_middle_of_a_draft(models):
+    "From another thread, between the reading of a draft and its check"
+    session = Engine(models['all'], tok, count, speculate=4).session()
+    row = session.add(ids_of('abcabcabc'), Sampling(max_tokens=60, bias={tok.bos: -99., mark('assistant_end'): -99., mark('python_start'): -99.}))
+    check, events = session._check, []
+    def late(drafts, hidden):
+        session.cancel(row)
+        return check(drafts, hidden)
+    while session.busy:
+        events += session.step()
+        if len(events) > 20: session._check = late
+    assert events[-1].finish == 'stopped' and [e.finish for e in events[:-1]] == [None]*(len(events) - 1)
+
+def test_static_and_guesses_exclude_each_other(models):
+    with pytest.raises(UserError, match='choose one of the two'): Engine(models['plain'], tok, static=True, speculate=4)
