@@ -18,6 +18,7 @@ from .checkpoint import checkpoints, load_model
 from .common import UserError, base_dir, run_dir, write_json
 from .conversation import check_conversation, render_prompt
 from .engine import Engine, Event, Sampling
+from .int8 import quantize
 from .precision import for_inference
 from .preferences import append_pair
 from .tools import calculate
@@ -370,9 +371,11 @@ def pick_tool(
 def open_engine(
     stage:str='sft', # which kind of run: 'sft' has learned to chat, 'base' only to continue text
     tag:str='tiny', # name of the run
-    step:int|None=None, # a checkpoint's step; None: the newest
+    step:int|str|None=None, # a checkpoint's step, or 'best'; None: the newest
     device:str='auto', # 'auto', 'cpu', 'cuda' or 'mps'
     tool:str='calculator', # what calls of the model run, see `pick_tool`
+    int8:bool=False, # weights in 8 bits: smaller, and faster on a CPU where the model is large
+    speculate:int=0, # tokens to guess ahead where the likeliest token is taken
 ) -> Engine:
     "An engine with a trained model. Raises `UserError` when there is none"
     folder, run = run_dir(stage, tag), pick_tool(tool)
@@ -381,20 +384,23 @@ def open_engine(
         other = f', or pass --tag {there[0]}' if there else ''
         raise UserError(f'there is no trained model in {folder}: run `bash runs/tiny.sh` to make one in minutes{other}')
     model, tok, _ = load_model(stage, tag, step, device)
-    return Engine(for_inference(model), tok, run, max_output=256 if tool == 'python' else 64)      # programs print more than sums
+    model = for_inference(model)
+    return Engine(quantize(model) if int8 else model, tok, run, speculate=speculate, max_output=256 if tool == 'python' else 64)     # programs print more than sums
 
 # %% ../nbs/43_chat.ipynb #open-chat-fn
 def open_chat(
-    stage:str='sft', # as for `open_engine`, like the next four
+    stage:str='sft', # as for `open_engine`, like the next six
     tag:str='tiny',
-    step:int|None=None,
+    step:int|str|None=None,
     device:str='auto',
     tool:str='calculator',
+    int8:bool=False,
+    speculate:int=0,
     system:str|None=None, # a system message
     **sampling, # fields of `Sampling`
 ) -> Chat:
     "A chat with a trained model, whose votes go to `preferences/<tag>/pairs.jsonl`. Raises `UserError` when there is none"
-    sampling, opened = Sampling(**sampling), dict(stage=stage, tag=tag, step=step, device=device, tool=tool)
+    sampling, opened = Sampling(**sampling), dict(stage=stage, tag=tag, step=step, device=device, tool=tool, int8=int8, speculate=speculate)
     chat = Chat(open_engine(**opened), system, sampling, run_dir('preferences', tag)/'pairs.jsonl')
     chat.opened = opened
     return chat

@@ -77,8 +77,8 @@ class _Stops:
     def push(self, text):
         "The text that may be shown now, and whether a stop string ended it"
         text = self.held + text
-        found = [i for s in self.stops if (i := text.find(s)) >= 0]
-        if found: self.held = ''; return text[:min(found)], True
+        found = [(i + len(s), i) for s in self.stops if (i := text.find(s)) >= 0]        # the one that is whole first ends the reply
+        if found: self.held = ''; return text[:min(found)[1]], True
         maybe = max((n for s in self.stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
         self.held = text[len(text) - maybe:]
         return text[:len(text) - maybe], False

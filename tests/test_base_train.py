@@ -96,6 +96,7 @@ def test_a_dial_that_cannot_be(micro, flags, says):
     out = script('base_train', *MICRO, '--tag', 'odd', *flags, base=micro)
     assert out.returncode == 1 and says in out.stderr and 'Traceback' not in out.stderr
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_what_best_loads(micro):
     assert script('base_train', *MICRO, '--tag', 'judged', '--eval-every', '10', '--save-every', '10', base=micro).returncode == 0
     step = lambda path: int(path.name[5:])

@@ -500,3 +500,9 @@ def test_python_as_a_tool():
     chat = Chat(Engine(model, TOK, tool, max_output=256))
     assert ''.join(t for _, t in chat.stream('Sum?')) == '[print(sum(range(10))) = 45]45.', level()
     assert 'python' not in [p['type'] for p in Chat(Engine(model, TOK, pick_tool('off'))).engine.complete([render_prompt(TOK, {'messages': [{'role': 'user', 'content': 'Sum?'}]})])[0].parts]
+
+def test_int8_and_guesses_are_options_that_change_no_greedy_answer(trained, monkeypatch):
+    monkeypatch.setenv('NANOCHAT_BASE_DIR', str(trained))
+    plain, ahead, small = open_chat(device='cpu', max_tokens=20), open_chat(device='cpu', max_tokens=20, speculate=4), open_chat(device='cpu', max_tokens=20, int8=True)
+    assert plain.answer('Hello?') == ahead.answer('Hello?')
+    assert 'Int8Linear' in {type(m).__name__ for m in small.engine.model.modules()} and len(small.answer('Hello?')) > 0 and ahead.engine.speculate == 4

@@ -97,6 +97,7 @@ def test_a_killed_worker_ends_both_sides(micro, agents):
     assert all(a.end() != 0 for a in both)
     assert not (micro/'base/killed/result.json').exists()
 
+@pytest.mark.slow
 def test_after_a_killed_worker_restarts_go_on_to_the_same_result(micro, two, agents):
     both, folder = agents('again', restarts=2), micro/'base/again'
     reach(folder, 12, both)

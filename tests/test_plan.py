@@ -288,7 +288,7 @@ def test_data_need(tmp_path, monkeypatch):
         else:
             with pytest.raises(UserError, match='no text for pretraining'): data_need('mine', 200)
 
-@pytest.mark.parametrize('wishes', [{}, dict(tokens=10**7), dict(steps=123), dict(tokens_per_param=3.), dict(batch_tokens=65_536, steps=50), dict(matrix_lr=0.01)])
+@pytest.mark.parametrize('wishes', [{}, dict(tokens=10**7), dict(steps=123), dict(tokens_per_param=3.), dict(flops=1e15), dict(batch_tokens=65_536, steps=50), dict(matrix_lr=0.01)])
 def test_the_command_trains_what_was_planned(wishes):
     "base_train takes every flag, and its recipe is the one of the plan"
     from nanochat.scripts import base_train
@@ -297,7 +297,8 @@ def test_the_command_trains_what_was_planned(wishes):
     assert words[:3] == ['python', '-m', 'nanochat.scripts.base_train']
     got, odd = anno_parser(base_train.main).parse_known_args(words[3:])
     assert not odd and (got.precision, got.device_batch) == (p['precision'], p['device_batch'])
-    r = recipe(got.depth, 4096, got.max_len, tokens=got.tokens, steps=got.steps, batch_tokens=got.batch_tokens, device_batch=got.device_batch, matrix_lr=got.matrix_lr)
+    r = recipe(got.depth, 4096, got.max_len, tokens=got.tokens, steps=got.steps, tokens_per_param=got.tokens_per_param, flops=got.flops,
+               batch_tokens=got.batch_tokens, device_batch=got.device_batch, matrix_lr=got.matrix_lr)
     assert (r.tokens, r.steps, r.batch_tokens, r.grad_accum) == (p['tokens'], p['steps'], p['batch_tokens'], p['grad_accum'])
 
 def test_the_other_commands_parse():

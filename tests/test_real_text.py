@@ -12,6 +12,7 @@ def books(tmp_path_factory):
     for name in ('books_small.jsonl.gz', 'books_val.jsonl.gz'): shutil.copy(shared/name, folder)
     return folder
 
+@pytest.mark.slow
 def test_books(books, tmp_path):
     r = script('data', 'prepare', '--source', books, '--name', 'books', base=tmp_path)
     assert r.returncode == 0, r.stderr

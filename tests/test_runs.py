@@ -119,6 +119,7 @@ def test_speedrun(base):
     assert read(base, 'base', 'speedrun-tiny', 'config.json')['recipe']['vocab_size'] == 512
     assert stages(r) == ['plan', 'text', 'tokenizer', 'pretraining', 'evaluation', 'fine-tuning', 'exam', 'report card']
 
+@pytest.mark.slow
 def test_run1000_prepares(base):
     "With its own dial, as on a machine with network and without GPUs"
     r = well(run('run1000.sh', '--tiny', '--prepare', base=base))
@@ -132,11 +133,13 @@ def test_run1000(base):
     assert read(base, 'base', 'run1000-tiny')['processes'] == 1 and not read(base, 'report', 'run1000-tiny')['missing']
     assert stages(r)[-1] == 'report card'
 
+@pytest.mark.slow
 def test_miniseries(base):
     well(run('miniseries.sh', '--tiny', base=base))
     runs = read(base, 'laws', 'miniseries-tiny')['runs']
     assert [m['depth'] for m in runs] == [1, 2] and all(abs(m['ratio'] / .2 - 1) < .1 for m in runs)
 
+@pytest.mark.slow
 def test_scaling_laws(base):
     r = well(run('scaling_laws.sh', '--tiny', base=base))
     runs = read(base, 'laws', 'scaling-tiny')['runs']

@@ -3,7 +3,7 @@ import gc, itertools, random, resource, threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 import pytest, torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from torch.overrides import TorchFunctionMode
 from nanochat.common import UserError
 from nanochat.conversation import render_prompt
@@ -223,11 +223,12 @@ def test_one_setting_for_each_prompt(models):
 
 WORDS = Tokenizer({**{bytes([i]): i for i in range(256)}, b'ab': 256, b' END': 257, b'aab': 258, '好'.encode(): 259, b'ND.': 260})
 @settings(max_examples=60, deadline=None)
+@example('DaD', ['a', 'DaD'])
 @given(st.text('abEND. 你好👋', min_size=1, max_size=30), st.lists(st.text('abEND 你好👋', min_size=1, max_size=5), min_size=1, max_size=3))
 def test_stop_strings_cut_exactly(text, stops):
     prompt = render_prompt(WORDS, {'messages': [{'role': 'user', 'content': '?'}]})
     events = [*Engine(ScriptedModel(WORDS, {'?': text}), WORDS).stream([prompt], Sampling(stop=stops))]
-    cut = min([i for s in stops if (i := text.find(s)) >= 0], default=len(text))
+    cut = min([(i + len(s), i) for s in stops if (i := text.find(s)) >= 0], default=(0, len(text)))[1]       # the stop string that is whole first
     assert ''.join(e.text for e in events) == text[:cut] and events[-1].finish == 'stop'
     shown = list(itertools.accumulate(e.text for e in events))
     assert all(text[:cut].startswith(s) for s in shown) and not any('�' in s for s in shown)            # nothing is taken back

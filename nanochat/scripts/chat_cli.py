@@ -86,10 +86,10 @@ def _model(chat, text, screen):
     if text:
         name, *step = text.split()
         stage, slash, tag = name.rpartition('/')
-        if len(step) > 1 or not all(s.isdecimal() for s in step): raise UserError('write /model tag, or /model stage/tag step, such as /model base/tiny 300')
-        chat.use(tag=tag, step=int(step[0]) if step else None, **({'stage': stage} if slash else {}))
+        if len(step) > 1 or not all(s.isdecimal() or s == 'best' for s in step): raise UserError('write /model tag, or /model stage/tag step, such as /model base/tiny 300')
+        chat.use(tag=tag, step=next((int(s) if s.isdecimal() else s for s in step), None), **({'stage': stage} if slash else {}))
     o = chat.opened or {'stage': 'a model', 'tag': 'of no run', 'step': None}
-    screen.write(f"({o['stage']} {o['tag']}, {'newest step' if o['step'] is None else 'step %d' % o['step']})\n", 'note')
+    screen.write(f"({o['stage']} {o['tag']}, {'newest step' if o['step'] is None else 'step ' + str(o['step'])})\n", 'note')
 
 # %% ../../nbs/43a_chat_cli.ipynb #file-commands
 def _file(text):
@@ -173,7 +173,7 @@ def main(
     Prompt:str=None, # answer this one question, print nothing but the answer, and leave
     stage:str='sft', # which model: sft has learned to chat, base only continues text
     tag:str='tiny', # the name its run was given
-    step:int=None, # a checkpoint's step; the newest when left out
+    step:str=None, # a checkpoint's step, or best; the newest when left out
     system:str=None, # a system message that the model reads before everything else
     tool:Annotated[str, {'choices': ['calculator', 'python', 'off']}]='calculator', # what a tool call of the model runs; python: in a sandbox
     temperature:float=0., # 0 always takes the likeliest token; 1 samples as the model believes; more is wilder
@@ -181,9 +181,11 @@ def main(
     top_p:float=1., # sample among the likeliest tokens that hold this share of the probability
     max_tokens:int=256, # the longest reply, in tokens
     seed:int=None, # makes sampling repeatable; a fresh one when left out
+    int8:bool=False, # weights in 8 bits: smaller, and faster on a CPU where the model is large
+    speculate:int=0, # tokens to guess ahead where the likeliest token is taken: the same text, sooner where it repeats itself
     device:str='auto', # auto, cpu, cuda or mps
 ):
     "Chat with a trained model. Type a line and read the reply as it is written; /help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves. For one answer in a script: -p 'What is 37 times 24?'. Without a model yet: bash runs/tiny.sh makes a small one in minutes."
     with as_command():
-        chat_cli(Prompt, stage=stage, tag=tag, step=step, system=system, tool=tool, device=device, temperature=temperature,
+        chat_cli(Prompt, stage=stage, tag=tag, step=step, system=system, tool=tool, int8=int8, speculate=speculate, device=device, temperature=temperature,
                  top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed)
