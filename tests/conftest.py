@@ -15,6 +15,15 @@ def script(name, *args, base, **kw):
 def result(run): return json.loads(run.stdout.splitlines()[-1])
 
 @pytest.fixture(scope='module')
+def one_thread():
+    "Small tensors: threads that wait for each other cost more than they give"
+    import torch
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+@pytest.fixture(scope='module')
 def micro(tmp_path_factory):
     "A base folder with a little tiny-world data and a tokenizer of 512 tokens, both called micro"
     base = tmp_path_factory.mktemp('base')

@@ -12,13 +12,7 @@ from nanochat.optim import make_optimizer
 from nanochat.scaling import gpt_config, recipe
 from nanochat.tokenizer import Tokenizer
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "Small tensors: threads that wait for each other cost more than they give"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 R = recipe(1, 256, 32, steps=30, batch_tokens=128)
 FIXTURES = Path(__file__).resolve().parent/'fixtures'

@@ -25,9 +25,7 @@ def gpt(seed=0, chatty=1., dtype=torch.float64, **shape):
     with torch.no_grad(): model.lm_head.weight[sorted(tok.special_ids)] *= chatty
     return model.to(dtype).eval()
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    n = torch.get_num_threads(); torch.set_num_threads(1); yield; torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.fixture(scope='module')
 def model(): return gpt(3, chatty=3.)

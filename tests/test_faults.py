@@ -26,12 +26,6 @@ R = recipe(1, TOK.n_vocab, 32, steps=12, batch_tokens=256, device_batch=4, head_
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.fixture(scope='module')
-def one_thread():
-    n = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-@pytest.fixture(scope='module')
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp('data')/'world'
     texts = [d.text for d in tinyworld.documents(120)]

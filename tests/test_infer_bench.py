@@ -11,7 +11,6 @@ from nanochat.precision import for_inference
 from nanochat.scripts import infer_bench as B
 from nanochat.tokenizer import train_bpe
 from conftest import result, script
-from test_lessons import one_thread
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -12,7 +12,6 @@ from nanochat.int8 import Int8Linear, dequantize_rows, error_bound, int8_product
 from nanochat.precision import for_inference
 from nanochat.tinyworld import documents
 from nanochat.tokenizer import train_bpe
-from test_lessons import one_thread
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

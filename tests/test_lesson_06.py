@@ -2,7 +2,7 @@
 import copy, importlib.util, itertools, json, math, re, statistics
 from collections import Counter
 import nbformat, pytest, torch
-from test_lessons import ROOT, changed, exercises, one_thread, solution as folded
+from test_lessons import ROOT, changed, exercises, solution as folded
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.head import lm_loss
 from nanochat.optim import MuonAdamW
@@ -143,14 +143,3 @@ def test_mistakes_are_named(doctor, number, code, words):
 def test_zeroing_the_gradient_first_is_right_too(doctor):
     first = changed(changed(solution(2), '        optimizer.zero_grad()\n', ''), '        loss.backward()\n', '        optimizer.zero_grad()\n        loss.backward()\n')
     assert verdict(doctor, 2, first) == 'right'
-
-def test_headers_carry_their_cost_and_quiz_options_their_reason():
-    text = [c.source for c in nbformat.read(PATH, 4).cells if c.cell_type == 'markdown']
-    headers = re.findall(r'^## (.+)$', '\n'.join(text), re.M)
-    assert all(re.search(r'\(\d+ min', h) for h in headers if h not in ('Exercises', 'Quiz', 'Open questions')), headers
-    quiz = next(t for t in text if t.startswith('## Quiz'))
-    questions = re.split(r'^\*\*\d+\. ', quiz, flags=re.M)[1:]
-    assert len(questions) >= 4
-    for q in questions:
-        reasons = re.findall(r'</summary>(.+?)</details>', q)
-        assert len(reasons) == q.count('<summary>') >= 2 and sum(r.startswith('Yes') for r in reasons) == 1, q

@@ -23,19 +23,23 @@ def changed(text, old, new):
     assert text.count(old) == 1, (old, text.count(old))
     return text.replace(old, new)
 
-@pytest.fixture
-def one_thread():
-    "Small tensors: threads that wait for each other cost more than they give"
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 @pytest.mark.parametrize('lesson', LESSONS, ids=lambda p: p.stem)
 def test_lesson_has_three_exercises_with_solutions(lesson):
     found = exercises(lesson)
     assert len(found) >= 3
     for n, e in found.items(): assert 'grader' in e and '```python' in e['hints'] and e['hints'].count('<summary>Hint') == 3, n
+
+@pytest.mark.parametrize('lesson', LESSONS, ids=lambda p: p.stem)
+def test_headers_carry_their_cost_and_quiz_options_their_reason(lesson):
+    text = [c.source for c in nbformat.read(lesson, 4).cells if c.cell_type == 'markdown']
+    headers = re.findall(r'^## (.+)$', '\n'.join(text), re.M)
+    assert all(re.search(r'\(\d+ min', h) for h in headers if h not in ('Exercises', 'Quiz', 'Open questions')), headers
+    quiz = next(t for t in text if t.startswith('## Quiz'))
+    questions = re.split(r'^\*\*\d+\. ', quiz, flags=re.M)[1:]
+    assert len(questions) >= (3 if lesson.stem.startswith('00') else 4)
+    for q in questions:
+        reasons = re.findall(r'</summary>(.+?)</details>', q)
+        assert len(reasons) == q.count('<summary>') >= 2 and sum(r.startswith('Yes') for r in reasons) == 1, q
 
 @pytest.mark.parametrize('number', [1, 2])
 def test_quickstart_solutions(number):

@@ -13,13 +13,7 @@ from nanochat.optim import (MUON_OPTIONS, MuonAdamW, cautious_decay, clip_scale,
 from nanochat.scaling import gpt_config, recipe, set_schedule
 from nanochat.sharded import ShardedMuonAdamW
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "Small tensors: threads that wait for each other cost more than they give"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 OFF = dict.fromkeys(('value_embeds', 'layer_scales', 'smear', 'backout'), False)          # matrices, embedding and head are left
 R, R_ALL = recipe(2, 256, 64, steps=50, batch_tokens=256, **OFF), recipe(2, 256, 64, steps=50, batch_tokens=256)

@@ -23,12 +23,7 @@ from conftest import ROOT, result, script
 gpu = lambda f: pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')(f))
 ADDITIONS = dict(value_embeds=True, layer_scales=True, smear=True, backout=True)
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 def config(depth, vocab_size=500, max_len=128, **more): return GPTConfig(**{**dict(vocab_size=vocab_size, n_layer=depth, n_head=depth, n_kv_head=depth, max_len=max_len), **more})
 

@@ -7,13 +7,7 @@ from nanochat.optim import make_optimizer
 from nanochat.scaling import (MAX_BATCH, MIN_BATCH, Recipe, TOKENS_PER_PARAM, batch_for, decay_for, explain, gpt_config, lr_multiplier,
                               muon_momentum, recipe, scaling_params, set_schedule)
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "Small tensors: threads that wait for each other cost more than they give"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.mark.parametrize('vocab, max_len', [(300, 64), (2048, 512), (32_768, 2048), (50_257, 1000)])
 def test_every_depth(vocab, max_len):

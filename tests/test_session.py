@@ -32,9 +32,7 @@ def gpt(seed=0, chatty=2.5, dtype=torch.float64, **shape):
     with torch.no_grad(): model.lm_head.weight[sorted(tok.special_ids)] *= chatty
     return model.to(dtype).eval()
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    n = torch.get_num_threads(); torch.set_num_threads(1); yield; torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.fixture(scope='module')
 def models(): return {name: gpt(3, **shape) for name, shape in FEATURES.items()}
