@@ -16,6 +16,7 @@ import torch
 from fastcore.basics import patch
 
 # %% ../nbs/40_engine.ipynb #imports-ours
+from .cache import upload
 from .common import UserError
 from .conversation import message_text, parse_reply, render_prompt
 from .prefix import PrefixStore, weights_version
@@ -182,16 +183,15 @@ class Engine:
         "Where the model is now"
         return next((p.device for p in self.model.parameters()), torch.device('cpu'))
 
-    def upload(self, values, dtype=None):
+    def put(self, values, dtype=torch.long):
         "A list as a tensor beside the model, without waiting for the device"
-        x, device = torch.tensor(values, dtype=dtype), self.device
-        return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
+        return upload(values, self.device, dtype)
 
     def seen(self, reply):
         "(V,) bool: words that have occurred in a prompt or its reply. Marks do not count: to end a turn is no repetition"
         if reply.seen is None:
             reply.seen = torch.zeros(self.model.cfg.vocab_size, dtype=torch.bool, device=self.device)
-            if words := set(reply.ids) - set(self.marks): reply.seen[self.upload(sorted(words))] = True
+            if words := set(reply.ids) - set(self.marks): reply.seen[self.put(sorted(words))] = True
         return reply.seen
 
     def find(self, ids):
@@ -321,7 +321,7 @@ class Session:
     def _read_last(self):
         "Read the last token of each row that writes: its hidden vector, (B, C)"
         self._cache = self._room(self._cache, 1)
-        ids = self.engine.upload([[r.ids[-1]] for r in self._replies])
+        ids = self.engine.put([[r.ids[-1]] for r in self._replies])
         if self.engine.static: return self._replay(ids)
         hidden = self.model(ids, self._cache)[:, -1]
         self._cache.advance(1)
@@ -343,17 +343,18 @@ class Session:
         T = 1 + max(map(len, drafts))
         self._cache = self._room(self._cache, T)
         ids = [[r.ids[-1], *d, *[self.engine.tok.bos]*(T - 1 - len(d))] for r, d in zip(self._replies, drafts)]
-        hidden = self.model(self.engine.upload(ids), self._cache)
+        hidden = self.model(self.engine.put(ids), self._cache)
         events, right = self._check(drafts, hidden)
         read = [n - bool(r.finish) for r, n in zip(self._replies, right)]              # the last token of a row is never read
         self._cache.advance([1 + n for n in read])
-        hidden = self._let_go(hidden[range(len(read)), read])
+        row, last = self.engine.put(list(enumerate(read))).T
+        hidden = self._let_go(hidden[row, last])
         return events, [hidden] if self._replies else []
 
     def _check(self, drafts, hidden):
         "Hand out the tokens of each draft, up to the first that the row would not choose: (events, how many of each draft)"
         rows, right, events, forced = [i for i, d in enumerate(drafts) if d], [0]*len(drafts), [], [bool(r.forced) for r in self._replies]
-        logits = dict(zip(rows, self.model.logits(hidden[rows])))                      # row → (T, V)
+        logits = dict(zip(rows, self.model.logits(hidden[self.engine.put(rows)])))                      # row → (T, V)
         for j in range(hidden.shape[1] - 1):
             rows = [i for i in rows if right[i] == j < len(drafts[i]) and not self._replies[i].finish]
             if not rows: break
@@ -371,16 +372,17 @@ class Session:
         readings, room = self._readings, self.model.cfg.max_len - max(r.at for r in self._readings)
         pieces = [r.piece(min(room, max(1, self.engine.chunk // len(readings)))) for r in readings]
         counts, T = [len(p) for p in pieces], max(map(len, pieces))
-        ids = self.engine.upload([[*p, *[self.engine.tok.bos]*(T - len(p))] for p in pieces])           # filled up on the right
+        ids = self.engine.put([[*p, *[self.engine.tok.bos]*(T - len(p))] for p in pieces])           # filled up on the right
         self._unread = self._room(self._unread, T)
-        hidden = self.model(ids, self._unread)[range(len(counts)), [n - 1 for n in counts]]             # of the last real token
+        row, last = self.engine.put([(i, n - 1) for i, n in enumerate(counts)]).T                       # the last real token of each piece
+        hidden = self.model(ids, self._unread)[row, last]
         self._unread.advance(counts)
         for i, (r, n) in enumerate(zip(readings, counts)):
             r.at += n
             if r.at == r.stop: self._remember(r.ids[:r.at], self._unread, i, hidden); r.stop = len(r.ids)
         through = [i for i, r in enumerate(readings) if r.at == len(r.ids)]
         which = [i for i in through for _ in readings[i].replies]
-        begun = [(self._unread.select(which), [reply for i in through for reply in readings[i].replies], hidden[which])] if which else []
+        begun = [(self._unread.select(which), [reply for i in through for reply in readings[i].replies], hidden[self.engine.put(which)])] if which else []
         self._keep_reading([i for i in range(len(readings)) if i not in through])
         return begun
 
@@ -397,12 +399,12 @@ class Session:
 
     def _choose(self, replies, logits):
         "For each row its token and, where asked for, what is known of it. Waits for the device once"
-        engine, up = self.engine, self.engine.upload
+        engine, up = self.engine, self.engine.put
         if self._dials is None: self._dials = dials([r.sampling for r in replies], logits.shape[-1], logits.device)
         if engine.allowed.device != logits.device: engine.allowed = engine.allowed.to(logits.device)
         allowed, due = engine.allowed[up([r.state for r in replies])], up([r.forced[0] if r.forced else -1 for r in replies])
         seen = torch.stack([engine.seen(r) for r in replies]) if self._dials.penalised else None
-        ids = sample(logits.masked_fill(~allowed, -math.inf), self._dials, up([r.throw() for r in replies]), seen)
+        ids = sample(logits.masked_fill(~allowed, -math.inf), self._dials, up([r.throw() for r in replies], torch.float32), seen)
         ids = torch.where(due < 0, ids, due)
         columns = [ids.masked_fill(logits.isnan().any(-1), -1)[:, None]]
         if asked := [r.sampling.logprobs for r in replies if r.sampling.logprobs is not None]:
@@ -437,7 +439,7 @@ class Session:
             self._remember(replies[i].ids[:-1], self._cache, i, hidden)
             self._rows.pop(replies[i].row, None)
         self._replies, self._cache, self._dials = [replies[i] for i in keep], self._cache.select(keep) if keep else None, None
-        return hidden[keep]
+        return hidden[self.engine.put(keep)]
 
 # %% ../nbs/40_engine.ipynb #reading
 class _Reading:

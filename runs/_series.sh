@@ -9,7 +9,7 @@ if [ -n "$tiny" ]; then
     dial="${dial:-batch_tokens=1024}" shape=(--eval-every 0 --save-every 0 --device cpu) docs=(--docs 1500 --val-docs 60) text=()
 else
     vocab="${vocab:-32768}" data="${data:-climbmix}" precision="${precision:-bf16}" gpus="${gpus:-$(count_gpus)}" max_len="${max_len:-2048}"
-    shape=(--eval-every 250 --save-every 1000) docs=() text=(--max-bytes 1000000000 --max-memory 64000000000)
+    shape=(--eval-every 250 --save-every 1000 --compiled) docs=() text=(--max-bytes 1000000000 --max-memory 64000000000)
 fi
 if [ -n "$dial" ]; then dial=(--dial "$dial"); else dial=(); fi
 

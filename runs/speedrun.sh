@@ -34,7 +34,7 @@ if [ -n "$tiny" ]; then
     tokens_per_param="${tokens_per_param:-0.5}"
 else
     depth="${depth:-24}" vocab="${vocab:-32768}" data="${data:-climbmix}" precision="${precision:-fp8}" tag="${tag:-d$depth}"
-    len=2048 docs=() text=(--max-bytes 1000000000 --max-memory 64000000000) base=(--eval-every 250 --save-every 1000) exam=1 device=()
+    len=2048 docs=() text=(--max-bytes 1000000000 --max-memory 64000000000) base=(--eval-every 250 --save-every 1000 --compiled) exam=1 device=()
     sft=()
 fi
 if [ -n "$plan" ]; then

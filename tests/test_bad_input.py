@@ -1,7 +1,7 @@
 "Bad input: one clear sentence, a non-zero exit, and nothing that was there before is touched"
 import hashlib, os, shutil, subprocess
 import pytest
-from conftest import MICRO, result, script
+from conftest import MICRO, script
 
 def snapshot(base): return {p.relative_to(base): hashlib.sha256(p.read_bytes()).hexdigest() for p in base.rglob('*') if p.is_file() and not p.name.endswith('.lock')}
 

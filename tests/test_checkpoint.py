@@ -1,5 +1,5 @@
 "Checkpoints under fire: real kills, real limits, every file, every request to the disk. One child process is reused: importing torch is slow"
-import errno, json, math, os, random, shutil, signal, subprocess, sys, textwrap, threading, time, warnings
+import errno, json, math, os, random, shutil, subprocess, sys, textwrap, threading, warnings
 from pathlib import Path
 import numpy as np, pytest, torch
 import nanochat.checkpoint as ck

@@ -3,7 +3,7 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 from nanochat import common
-from nanochat.common import UserError, atomic_write, read_json, write_json
+from nanochat.common import atomic_write, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = '''

@@ -5,9 +5,8 @@ import pyarrow as pa, pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings, strategies as st
 from nanochat.common import UserError, run_dir
-from nanochat.dataset import MAX_DOC, Skipped, _batches, documents, groups, read_group, read_manifest, read_texts, split_documents, verify, write_shards
-from nanochat.scripts import data as script
-from nanochat.scripts.data import Distinct, guess_language, histogram, inspect, lasts, prepare, script_shares
+from nanochat.dataset import Skipped, _batches, documents, groups, read_group, read_manifest, read_texts, split_documents, verify, write_shards
+from nanochat.scripts.data import Distinct, guess_language, inspect, lasts, prepare, script_shares
 
 DOCS = [f'Document {i}: ' + ' '.join(random.Random(i).choices('the cat sat on a mat and ran'.split(), k=i%40)) for i in range(500)]
 

@@ -5,7 +5,7 @@ import pyarrow as pa, pyarrow.parquet as pq
 import pytest
 from nanochat import download as dl
 from nanochat.common import UserError, read_json
-from nanochat.download import Patience, RemoteFile, SOURCES, Source, choose, describe_plan, download, fetch, hub_commit, hub_files, verify_raw
+from nanochat.download import Patience, RemoteFile, SOURCES, Source, choose, download, fetch, hub_commit, hub_files, verify_raw
 
 QUICK = Patience(stall_s=0.3, tries=4, first_wait_s=0.01, longest_wait_s=0.02)
 BIG = random.Random(0).randbytes(600_000)

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest, torch
 import nanochat.train as tr
 from nanochat import tinyworld
-from nanochat.checkpoint import checkpoints, latest, load_checkpoint, load_model
+from nanochat.checkpoint import checkpoints, load_model
 from nanochat.common import UserError, read_json
 from nanochat.dataloader import PretrainLoader
-from nanochat.dataset import documents, read_manifest, write_shards
+from nanochat.dataset import documents, write_shards
 from nanochat.gpt import GPT
 from nanochat.optim import make_optimizer
 from nanochat.record import TRACKERS, Run, finished, read_metrics, read_result, read_sessions, series
@@ -386,7 +386,7 @@ def test_fifty_kills_of_a_run(data, tmp_path):
 def test_torchrun_starts_the_dead_again(tmp_path, monkeypatch):
     "`--max-restarts`: one of two is killed by signal 9; torchrun starts both again, and the run ends as one that nobody disturbed"
     import signal
-    from conftest import MICRO, ROOT, result, script
+    from conftest import MICRO, ROOT, script
     for args in (('data', 'prepare', '--name', 'micro', '--docs', 300, '--val-docs', 20), ('tok_train', '--data', 'micro', '--tag', 'micro', '--vocab-size', 512)):
         assert script(*args, base=tmp_path).returncode == 0
     def start(tag): return subprocess.Popen(

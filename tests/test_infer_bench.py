@@ -1,5 +1,5 @@
 "The bench of inference: what it counts is right, what it measures is what the engine does. No test looks at a clock"
-import json, math, time
+import math
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.utils.flop_counter import FlopCounterMode

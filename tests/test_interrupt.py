@@ -1,5 +1,5 @@
 "A run that is killed, whenever, goes on and ends with the numbers of a run that was not"
-import json, os, random, signal, subprocess, sys, time
+import os, random, signal, subprocess, sys, time
 import pytest
 from conftest import MICRO, ROOT, result, script
 

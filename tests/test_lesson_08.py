@@ -4,7 +4,7 @@ import nbformat, pytest, torch
 from hypothesis import given, settings, strategies as st
 from test_lessons import ROOT, changed, exercises, solution as folded
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.scripts.infer_bench import step_bytes, step_flops
+from nanochat.scripts.infer_bench import step_bytes
 
 PATH = ROOT/'lessons/08_inference.ipynb'
 LESSON = exercises(PATH)

@@ -14,7 +14,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.head import lm_loss
 from nanochat.optim import make_optimizer
 from nanochat.plan import (DEVICES, PRICES, ROOM, SHORT, Device, activations, count_params, data_need, describe, find_device, matmul_rate, memory,
-                           meta_model, moments, plan, probe, rate_of, rows_that_fit, step_seconds)
+                           meta_model, moments, plan, probe, rows_that_fit, step_seconds)
 from nanochat.precision import set_precision
 from nanochat.scaling import gpt_config, recipe, scaling_params, set_schedule
 from nanochat.train import train_step

@@ -1,6 +1,5 @@
 "The record of a run: crashes, two processes, full disks"
 import errno, json, math, os, shutil, subprocess, sys, textwrap, threading, types, warnings
-from pathlib import Path
 import pytest, torch
 from nanochat.common import UserError
 from nanochat import record

@@ -94,7 +94,7 @@ def test_the_large_speedrun_in_its_own_words(tmp_path):
     lines = commands('speedrun.sh', '--gpus', 8, '--depth', 4, '--precision', 'fp32', folder=tmp_path)
     assert [check_flags(line) for line in lines] == [*TEXT, 'data fetch', 'data prepare', 'base_train', 'base_eval', 'chat_sft', 'report']
     assert ['--nproc-per-node=8' in line for line in lines] == [False]*6 + [True]*3 + [False]
-    assert re.search(r'--source climbmix --shards \d+$', lines[0]) and '--vocab-size 32768' in lines[2] and '--max-len 2048' in lines[6]
+    assert re.search(r'--source climbmix --shards \d+$', lines[0]) and '--vocab-size 32768' in lines[2] and '--max-len 2048' in lines[6] and '--compiled' in lines[6]
     rows = int(re.search(r'--device-batch (\d+)', lines[6])[1])
     assert f'--batch-tokens {8*rows*2048}' in lines[8] and 'data/smoltalk/train.jsonl' in lines[8]
 
@@ -105,7 +105,7 @@ def test_a_large_series_in_its_own_words(name, args, runs, tmp_path):
     lines = commands(name, '--gpus', 2, '--precision', 'fp32', '--dial', 'head_dim=64', *args, folder=tmp_path)
     assert [check_flags(line) for line in lines] == [*TEXT, *['base_train']*len(runs), 'laws']
     trained = lines[4:-1]
-    assert [re.search(r'--tag (\S+)', line)[1] for line in trained] == runs and all('--dial head_dim=64' in line for line in trained)
+    assert [re.search(r'--tag (\S+)', line)[1] for line in trained] == runs and all('--dial head_dim=64' in line and '--compiled' in line for line in trained)
 
 # ------------------------------------------------------------------------------------------------ executed
 def stages(r): return [line[3:] for line in r.stdout.splitlines() if line.startswith('== ')]

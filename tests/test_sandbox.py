@@ -1,12 +1,12 @@
 "Programs that want out of the jail, and programs that want to pass without an answer. Each has a number, and a verdict that is expected"
-import errno, json, os, re, secrets, shutil, signal, subprocess, sys, tempfile, threading, time
+import json, os, re, secrets, shutil, signal, subprocess, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 from nanochat import jail, sandbox
 from nanochat.common import UserError
-from nanochat.sandbox import CallFailed, JailError, Limits, Outcome, canary, check, judge, level, python_tool, read_literal, run
+from nanochat.sandbox import JailError, Limits, Outcome, canary, check, judge, level, python_tool, read_literal, run
 from nanochat.tools import ToolError, run_tool
 
 MACHINE = os.uname().machine

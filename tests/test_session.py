@@ -1,16 +1,15 @@
 "Rows that come and go: the same text alone, in any company, after a prefix hit, in any pieces"
-import gc, itertools, random, resource, threading
+import gc, itertools, random, resource
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 import pytest, torch
 from hypothesis import example, given, settings, strategies as st
 from torch.overrides import TorchFunctionMode
 from nanochat.common import UserError
 from nanochat.conversation import render_prompt
-from nanochat.engine import Engine, Event, Sampling, ScriptedModel, _Reply
+from nanochat.engine import Engine, Sampling, ScriptedModel, _Reply
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.prefix import PrefixStore
-from nanochat.sampling import next_probs, sample
+from nanochat.sampling import sample
 from nanochat.tokenizer import Tokenizer
 
 tok = Tokenizer({bytes([i]): i for i in range(256)})

@@ -3,7 +3,7 @@ import json, os, random, shutil
 import pytest
 from nanochat import tinyworld, tokens
 from nanochat.common import UserError
-from nanochat.dataset import documents, groups, write_shards
+from nanochat.dataset import documents, write_shards
 from nanochat.tokenizer import Tokenizer, train_bpe
 from nanochat.tokens import StoredTokens, TextTokens, open_tokens, read_token_manifest, token_folder, tokenize_shards, verify_tokens
 

@@ -1,5 +1,5 @@
 "The calculator: never code, never slow, never a wrong number"
-import ast, math, random, re, resource, sys, threading, time, warnings
+import ast, math, re, resource, sys, threading, time, warnings
 from fractions import Fraction
 from pathlib import Path
 import pytest

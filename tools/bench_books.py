@@ -6,8 +6,13 @@
 Training documents are pieces of about 3,000 characters, cut at paragraph ends and shuffled; validation is five other books, all of them,
 in bits per byte. Each finished run is written at once; run it again to go on. For comparison, measured on another day on a like machine: the
 reference system with its own recipe reached 1.967 after 100 steps and 1.922 after 150, at about 2,850 tokens/s (one run each).
+
+Speed is worth what the machine is worth at that moment, so a product of matrices is timed beside every step: `products` is its rate in
+GFLOP/s, `share` the median of (the step's FLOPs / its seconds / that rate). The reference's machine had AVX2 and gave 145-155 GFLOP/s;
+MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 before the command makes a newer chip such a machine (with a
+TORCHINDUCTOR_CACHE_DIR of its own: compiled code for one instruction set gives NaN under another).
 """
-import argparse, gzip, json, os, random, tempfile, time
+import argparse, gzip, json, os, random, statistics, tempfile, time
 from collections import Counter
 from pathlib import Path
 import torch
@@ -47,6 +52,15 @@ def timed(f, spent, name):
         return out
     return g
 
+def products_rate(n=6, shape=(4096, 256, 1024)):
+    "FLOP/s of `n` products, a layer's own size: what the machine gives at this moment"
+    m, k, c = shape
+    a, b, out = torch.ones(m, k), torch.ones(c, k), torch.empty(m, c)
+    torch.mm(a, b.T, out=out)
+    t = time.perf_counter()
+    for _ in range(n): torch.mm(a, b.T, out=out)
+    return 2 * m * k * c * n / (time.perf_counter() - t)
+
 def one_run(folder, tok, seed, steps, at, dial, compiled):
     "Bits per byte on all of the validation text after the steps of `at`, tokens a second, shares of a step, and seconds until the first update"
     start, r = time.perf_counter(), recipe(4, tok.n_vocab, 512, **{**dict(steps=steps, batch_tokens=8192, device_batch=8), **dial})
@@ -55,17 +69,21 @@ def one_run(folder, tok, seed, steps, at, dial, compiled):
     if compiled:
         for block in model.blocks: block.compile()
     optimizer, sizes = make_optimizer(model, r), torch.as_tensor(tok.token_bytes())
-    loader, seconds, bpb, first = PretrainLoader(folder, 'train', tok, r.device_batch, r.max_len, seed=seed), 0., {}, None
-    spent = Counter()
+    loader, bpb, first = PretrainLoader(folder, 'train', tok, r.device_batch, r.max_len, seed=seed), {}, None
+    spent, took, rates = Counter(), [], []
     optimizer.step, fetch = timed(optimizer.step, spent, 'optimizer'), timed(lambda: [next(loader) for _ in range(r.grad_accum)], spent, 'loader')
     for step in range(steps):
+        rates.append(products_rate())
         t = time.perf_counter()
         set_schedule(optimizer, r, step)
         train_step(model, optimizer, fetch())
-        seconds += time.perf_counter() - t
+        took.append(time.perf_counter() - t)
         first = first or time.perf_counter() - start
         if step + 1 in at: bpb[step + 1] = bits_per_byte(model, val_batches(folder, tok, 8, r.max_len), sizes)['bpb']
-    return dict(bpb=bpb, tokens_per_s=steps * 8192 / seconds, shares={name: s / seconds for name, s in spent.items()}, seconds_to_first_update=first, params=model.num_params()['total'])
+    later, flops = slice(min(3, steps - 1), None), model.flops_per_token(r.max_len) * 8192               # the first steps compile and warm up
+    return dict(bpb=bpb, tokens_per_s=8192 / statistics.median(took[later]), tokens_per_s_mean=8192 / statistics.mean(took[later]), products=statistics.median(rates) / 1e9,
+                share=statistics.median(flops / s / rate for s, rate in zip(took[later], rates[later])), seconds=sum(took),
+                shares={name: s / sum(took) for name, s in spent.items()}, seconds_to_first_update=first, params=model.num_params()['total'])
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

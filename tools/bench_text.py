@@ -98,7 +98,7 @@ def million_rows(docs=1_000_000):
     "Prepare, tokenize and pack a million short documents; memory when a tenth is done and at the end of each"
     from nanochat.dataloader import PretrainLoader
     from nanochat.dataset import write_shards
-    from nanochat.tokenizer import Tokenizer, train_bpe
+    from nanochat.tokenizer import train_bpe
     from nanochat.tokens import tokenize_shards
     here, out = Path(tempfile.mkdtemp()), []
     def text(i): return f'Document {i} says that {i % 97} times {i % 89} is {(i % 97)*(i % 89)}.'

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 import nanochat.train
-from nanochat.common import read_json, run_dir, seed_everything, write_json
+from nanochat.common import read_json, run_dir, seed_everything
 from nanochat.dataloader import PretrainLoader, val_batches
 from nanochat.dataset import documents
 from nanochat.gpt import GPT
