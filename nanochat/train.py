@@ -37,17 +37,21 @@ def train_step(
             part = lm_loss(model, inputs, targets, 'sum', docs=docs) / total
             (part * scaler.scale if scaler else part).backward()
             loss += part.item()
-    except torch.OutOfMemoryError as e: full = e
+    except torch.OutOfMemoryError as e: full = str(e)                                  # not e itself: its frames hold all activations
     loss, out_of_memory = all_sum(loss, full is not None)
     if out_of_memory or loss > limit: optimizer.zero_grad(set_to_none=True)
-    if out_of_memory: raise full or torch.OutOfMemoryError('another process has no memory left')
+    if out_of_memory: raise torch.OutOfMemoryError(full or 'another process has no memory left')
     return loss, total, not loss > limit and _update(model, optimizer, scaler)          # the optimizer itself refuses NaN
 
 # %% ../nbs/34_train.ipynb #train-step-update
 def _update(model, optimizer, scaler):
     "Move the weights; whether they moved"
-    if scaler: scaler.unscale(model.parameters())
-    moved = optimizer.step()
+    try:
+        if scaler: scaler.unscale(model.parameters())
+        moved = optimizer.step()
+    except torch.OutOfMemoryError:                           # some weights may have moved: this step cannot be made again
+        raise UserError('no memory is left for the update of the weights: lower --depth or --device-batch, or use more processes, '
+                        'and go on from the last checkpoint') from None
     if scaler: scaler.update(moved)
     optimizer.zero_grad(set_to_none=True)
     return moved
@@ -139,8 +143,8 @@ MAX_SKIPPED = 10   # refused steps in a row before we give up
 def check_alive(loss, skipped_in_a_row, step):
     "UserError when training no longer trains: too many refused steps in a row."
     if skipped_in_a_row < MAX_SKIPPED: return
-    raise UserError(f'step {step}: {MAX_SKIPPED} steps in a row had a gradient that is not finite (loss {loss}); '
-                    'lower --matrix-lr and --embedding-lr, or look at the data of these steps')
+    raise UserError(f'step {step}: {MAX_SKIPPED} steps in a row were left out, for a gradient that is not finite or a loss far above the last ones '
+                    f'(loss {loss:.4g}); lower --matrix-lr and --embedding-lr, or look at the data of these steps')
 
 # %% ../nbs/34_train.ipynb #spike
 SPIKE = 6.   # standard deviations
@@ -163,7 +167,7 @@ class Loop:
         self.step, self.seconds, self.tokens, self.skipped = (state[k] for k in CLOCK)
         self.micro_batches = share_of_rank(recipe, ranks().world_size)[1]
         self.in_a_row, self.recent, self.pieces, self.on_bad, self.peak, self.rollbacks = 0, state.get('recent', []), 1, on_bad, peak, 0
-        self.saver, self.saved, self.keep = None, None, 2                # a `Saver` on the first process; the step that was saved last
+        self.saver, self.saved, self.keep = None, self.step or None, 2   # a `Saver` on the first process; the step that was saved last
         self.scaler = LossScaler() if model.dtype == torch.float16 else None
         if self.scaler and state.get('scaler'): self.scaler.load_state_dict(state['scaler'])
 
@@ -191,12 +195,12 @@ class Loop:
         "The step, in smaller pieces if it does not fit; the pieces stay small from then on"
         while True:
             try: return train_step(self.model, self.optimizer, cut(batches, self.pieces), self.scaler, limit)
-            except torch.OutOfMemoryError:
-                rows = max(len(b.inputs) for b in batches)
-                if self.pieces >= rows: raise UserError('the memory does not hold one row: lower --max-len or --depth') from None
-                self.pieces = min(2*self.pieces, rows)
-                if torch.cuda.is_available(): torch.cuda.empty_cache()
-                warnings.warn(f'step {self.step + 1} did not fit: from here on micro-batches have {-(-rows//self.pieces)} rows; the steps stay the same')
+            except torch.OutOfMemoryError: pass        # only behind this line are the frames of the failed pass gone, and what they held
+            rows = max(len(b.inputs) for b in batches)
+            if self.pieces >= rows: raise UserError('the memory does not hold one row: lower --max-len or --depth') from None
+            self.pieces = min(2*self.pieces, rows)
+            if torch.cuda.is_available(): torch.cuda.empty_cache()
+            warnings.warn(f'step {self.step + 1} did not fit: from here on micro-batches have {-(-rows//self.pieces)} rows; the steps stay the same')
 
     def _bad(self, loss, limit, batches):
         "Write the batch of a step that was left out, then do what the policy says"
@@ -232,12 +236,13 @@ class Loop:
 
     def look(self, f) -> dict:
         "What `f` (step → dict) saw, recorded; an error in it is a warning: nobody loses a run to a look at it"
-        try: seen = f(self.step)
+        try:
+            seen = f(self.step) or {}
+            self.run.log(self.step, **seen)                                      # what cannot be recorded is an error of `f` too
+            return seen
         except Exception as e:
             warnings.warn(f'step {self.step}: {getattr(f, "__name__", f)} failed ({type(e).__name__}: {e}); training goes on')
             return {}
-        self.run.log(self.step, **seen)
-        return seen
 
     def summary(self) -> dict:
         "What the run has come to."
@@ -263,6 +268,7 @@ def train(
     "Train until `recipe.steps`, from the newest checkpoint of the run if there is one."
     loop, scores = Loop(model, optimizer, loader, recipe, run, tokenizer, on_bad, peak), {}
     loop.keep, seen = keep, {}
+    late = loop.step >= recipe.steps                                       # an earlier process died after its last save
     saver = Saver(run.folder) if ranks().rank == 0 else nullcontext()
     with saver as loop.saver, interruptible() as pending, progress(total=recipe.steps, desc=run.folder.parent.name, unit='step') as bar:
         bar.update(loop.step)
@@ -278,5 +284,7 @@ def train(
             if stop: leave(pending or [signal.SIGTERM])
             if evaluate and due(eval_every): scores = loop.judge(evaluate(loop.step))
             for every, f in hooks: seen.update(loop.look(f) if due(every) else {})
-        if evaluate and not scores: scores = loop.judge(evaluate(loop.step))     # nothing was left to train
+        if late:
+            if evaluate: scores = loop.judge(evaluate(loop.step))
+            for _, f in hooks: seen.update(loop.look(f))
     return {**loop.summary(), **scores, **seen}

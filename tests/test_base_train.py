@@ -1,13 +1,17 @@
 "What base_train says, refuses and records, beside training itself"
 import json, shutil
+from functools import partial
 import pytest, torch
 from conftest import MICRO, result, script
+from nanochat.common import UserError, run_dir
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import make_optimizer
 from nanochat.precision import set_precision
-from nanochat.record import Run
-from nanochat.scaling import recipe
+from nanochat.record import Run, read_result
+from nanochat.scaling import recipe, share_of_rank
+from nanochat.scripts.base_train import base_train, rehearse
+from nanochat.scripts.chat_sft import chat_sft
 from nanochat.train import Loop, cut
 
 def test_a_dry_run_plans_and_writes_nothing(micro):
@@ -15,6 +19,36 @@ def test_a_dry_run_plans_and_writes_nothing(micro):
     assert out.returncode == 0, out.stderr
     p = result(out)
     assert p['steps'] == 40 and p['fits'] and 'memory' in out.stdout and not (micro/'base'/'dry').exists()
+
+def test_a_dry_run_of_several_processes_plans_the_rows_of_one(micro, monkeypatch, capsys):
+    monkeypatch.setenv('NANOCHAT_BASE_DIR', str(micro))
+    r, source, cpu = recipe(4, 2048), run_dir('data', 'micro'), torch.device('cpu')
+    alone = rehearse(r, source, run_dir('base', 'dry'), cpu, 'fp32')
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2).items(): monkeypatch.setenv(name, str(value))
+    p = rehearse(r, source, run_dir('base', 'dry'), cpu, 'fp32')
+    assert (p['device_batch'], p['grad_accum']) == share_of_rank(r, 2) != (alone['device_batch'], alone['grad_accum']) == share_of_rank(r, 1)
+    assert all('--tag dry' in line for line in p['commands'][-2:])
+    monkeypatch.setattr('nanochat.scripts.base_train.plan', lambda *a, **kw: {**p, 'fits': False, 'rows_that_fit': 1})
+    with pytest.raises(UserError, match=f'holds 1 rows, not {p["device_batch"]}: pass --device-batch 1'): rehearse(r, source, run_dir('base', 'dry'), cpu, 'fp32')
+
+KEPT = dict(depth=1, max_len=64, steps=4, batch_tokens=1024, data='micro', tag='micro', eval_tokens=500, device='cpu')
+
+@pytest.mark.parametrize('world, change, says', [(1, dict(attention='nonsense'), '--attention nonsense is no kernel'), (1, dict(attention='varlen'), 'needs a CUDA device'),
+    (3, {}, 'cannot be divided among 3 processes')])
+def test_what_force_cannot_replace_is_not_thrown_away(micro, monkeypatch, world, change, says):
+    monkeypatch.setenv('NANOCHAT_BASE_DIR', str(micro))
+    before = base_train(**KEPT)
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=world).items(): monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match=says): base_train(**KEPT, force=True, **change)
+    assert read_result(micro/'base'/'micro') == before
+
+def test_what_force_cannot_fine_tune_is_not_thrown_away(micro, monkeypatch):
+    monkeypatch.setenv('NANOCHAT_BASE_DIR', str(micro))
+    base_train(**KEPT)
+    again = partial(chat_sft, 'micro', n=100, batch_tokens=1024, device='cpu')
+    before = again()
+    with pytest.raises(UserError, match='--attention nonsense is no kernel'): again(force=True, attention='nonsense')
+    assert read_result(micro/'sft'/'micro') == before
 
 def test_a_dry_run_finds_damaged_data(micro, tmp_path):
     shutil.copytree(micro, tmp_path/'base')
@@ -91,7 +125,8 @@ def test_every_number_of_the_dial_and_every_look_from_the_command_line(micro):
     assert len(list((micro/'base'/'dialled'/'checkpoints').glob('step-*'))) == 8
 
 @pytest.mark.parametrize('flags, says', [(['--dial', 'clip=1'], "no setting 'clip': did you mean clip_norm?"), (['--dial', 'deep'], "'deep' is not name=value"),
-    (['--flops', '1e9'], 'Give one of steps and flops'), (['--dial', 'clip_norm=-1'], 'clip_norm must be 0 or more')])
+    (['--dial', 'depth=6'], '--dial depth: not a setting of the dial; use the flag of that name'), (['--dial', 'vocab_size=9'], '--dial vocab_size: not a setting'),
+    (['--dial', 'hooks=9'], '--dial hooks: not a setting'), (['--flops', '1e9'], 'Give one of steps and flops'), (['--dial', 'clip_norm=-1'], 'clip_norm must be 0 or more')])
 def test_a_dial_that_cannot_be(micro, flags, says):
     out = script('base_train', *MICRO, '--tag', 'odd', *flags, base=micro)
     assert out.returncode == 1 and says in out.stderr and 'Traceback' not in out.stderr

@@ -5,7 +5,7 @@ SIGKILL, SIGINT and SIGTERM of the script, two processes in one folder: test_int
 bad shards: test_dataset.py, test_tokens.py    downloads: test_download.py    a small disk: test_bad_input.py    trackers: test_record.py
 loss spikes, stop, skip, rollback, a second Ctrl-C: nbs/34_train.ipynb
 """
-import builtins, errno, json, math, os, random, shutil, subprocess, sys, textwrap, time, warnings
+import builtins, errno, json, math, os, random, shutil, subprocess, sys, textwrap, time, warnings, weakref
 from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
@@ -240,6 +240,59 @@ def test_not_even_one_row_fits(data, tmp_path, monkeypatch):
     def lm_loss(*a, **kw): raise torch.OutOfMemoryError('no room')
     monkeypatch.setattr(tr, 'lm_loss', lm_loss)
     with pytest.raises(UserError, match='does not hold one row: lower --max-len or --depth'): quiet(go, data, tmp_path/'run')
+
+def test_a_pass_that_did_not_fit_lets_go_of_its_activations(data, tmp_path, monkeypatch):
+    "Before the processes talk about it, and before the cache of the GPU is emptied; and its message may be empty"
+    alive, freed, real, sums = [], [], tr.lm_loss, tr.all_sum
+    def lm_loss(model, inputs, *a, **kw):
+        if len(inputs) > 2:
+            activations = torch.ones(5)
+            alive.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError('')
+        return real(model, inputs, *a, **kw)
+    def look(out):
+        if alive: freed.append(alive[-1]() is None)
+        return out
+    monkeypatch.setattr(tr, 'lm_loss', lm_loss)
+    monkeypatch.setattr(tr, 'all_sum', lambda *n: look(sums(*n)))
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: look(False))
+    model, optimizer, loader = parts(data)
+    metrics, said = quiet(tr.Loop(model, optimizer, loader, R, Run(tmp_path/'run', {}), ('t', 'h')).one_step)
+    assert len(said) == 1 and metrics['tokens'] == 256 and len(freed) > 2 and all(freed)
+
+def test_no_memory_for_the_update_ends_the_run(data, tmp_path, monkeypatch):
+    "Some weights may have moved: the step is not made again"
+    model, optimizer, loader = parts(data)
+    calls, real = [], optimizer.step
+    def step():
+        calls.append(1)
+        if len(calls) == 5: raise torch.OutOfMemoryError('no room')
+        return real()
+    monkeypatch.setattr(optimizer, 'step', step)
+    with pytest.raises(UserError, match='for the update of the weights: lower --depth'):
+        tr.train(model, optimizer, loader, R, Run(tmp_path/'run', {}), ('t', 'h'), save_every=2)
+    assert len(calls) == 5 and checkpoints(tmp_path/'run') == [2, 4]
+    go(data, tmp_path/'run')                                                               # on from the last checkpoint
+
+@pytest.mark.parametrize('seen', [None, {'step': 3}, {'odd': object()}, [1], {'many': torch.ones(3)}])
+def test_a_look_that_cannot_be_recorded_is_a_warning(data, tmp_path, straight, seen):
+    def hook(step): return seen
+    (weights, losses, result), said = quiet(go, data, tmp_path/'run', hooks=((5, hook),))
+    assert torch.equal(weights, straight[0]) and losses == straight[1] and result['steps'] == 12
+    assert len([s for s in said if 'hook failed' in s]) == (0 if seen is None else 3) and read_result(tmp_path/'run')
+
+def test_a_run_that_died_in_its_last_evaluation_is_judged_and_looked_at(data, tmp_path, straight):
+    "The last save is there: nothing is left to train, and the rest is done as in a run that nobody disturbed"
+    def die(step):
+        if step == 12: raise RuntimeError('the lights go out')
+        return dict(val_loss=1.)
+    with pytest.raises(RuntimeError): go(data, tmp_path/'run', evaluate=die, eval_every=6, save_every=6)
+    looks = []
+    def hook(step): looks.append(step); return dict(looked=step)
+    weights, _, result = go(data, tmp_path/'run', evaluate=lambda step: dict(val_loss=.5), hooks=((0, hook),))
+    assert torch.equal(weights, straight[0]) and looks == [12] and (result['looked'], result['val_loss']) == (12, .5)
+    scores = {p.parent.name: read_json(p)['score'] for p in (tmp_path/'run').glob('checkpoints/*/manifest.json')}
+    assert scores == {'step-000006': 1., 'step-000012': .5}
 
 @pytest.mark.parametrize('step', [1, 2, 7, 12])
 def test_a_loss_that_is_no_number_changes_nothing(data, tmp_path, monkeypatch, step):

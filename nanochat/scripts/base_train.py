@@ -7,7 +7,7 @@ __all__ = ['theory_marks', 'evaluator', 'go_on', 'sampler', 'set_up', 'say_engin
            'dial_settings', 'base_train', 'main']
 
 # %% ../../nbs/35_base_train.ipynb #imports
-import json, math, re, shutil, sys, time
+import inspect, json, math, re, shutil, sys, time
 from collections import Counter
 from functools import cache, partial
 import torch
@@ -25,7 +25,7 @@ from ..tokenizer import Tokenizer
 # %% ../../nbs/35_base_train.ipynb #imports-model
 from ..gpt import GPT
 from ..head import bits_per_byte
-from ..kernels import kernels
+from ..kernels import kernels, pick_kernel
 from ..plan import describe, plan, rate_of, this_device
 from ..precision import pick_precision, set_precision
 from ..record import lock
@@ -130,10 +130,11 @@ def peak_flops(device, precision:str) -> float|None:
 def rehearse(r, source, folder, device, precision:str) -> dict: # the plan
     "Print the plan of a run; UserError if its data is damaged, or if memory or disk will not do. Nothing is written"
     ours = {k: getattr(r, k) for k in ('steps', 'batch_tokens', *r.by_hand)}
-    p = plan(r.depth, this_device(str(device)), ranks().world_size, source.name, precision, r.max_len, r.vocab_size, device_batch=r.device_batch, **ours)
+    p = plan(r.depth, this_device(str(device)), ranks().world_size, source.name, precision, r.max_len, r.vocab_size,
+             device_batch=share_of_rank(r, ranks().world_size)[0], tag=folder.name, **ours)                # the rows of one process
     if ranks().rank == 0: print(describe(p))
     verify(source)
-    if p['fits'] is False: raise UserError(f'the memory of {p["device"]} holds {p["rows_that_fit"]} rows, not {r.device_batch}: pass --device-batch {max(1, p["rows_that_fit"])}')
+    if p['fits'] is False: raise UserError(f'the memory of {p["device"]} holds {p["rows_that_fit"]} rows, not {p["device_batch"]}: pass --device-batch {max(1, p["rows_that_fit"])}')
     need = 4 * (p['memory']['weights'] + p['memory']['optimizer'] * ranks().world_size)          # two checkpoints stay, one is being written, one to spare
     free = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
     if need > free: raise UserError(f'{folder} has {free/1e9:.1f} GB free, and checkpoints will need {need/1e9:.1f} GB: free some space or set NANOCHAT_BASE_DIR')
@@ -169,6 +170,9 @@ def base_train(
     config = dict(recipe=r.to_dict(), data=data, data_sha256=sha256_file(source/'manifest.json'), tokenizer=tok.hash,
                   eval_tokens=eval_tokens, seed=seed, precision=precision)
     if on_bad not in ('skip', 'stop', 'rollback'): raise UserError(f'--on-bad {on_bad} is none of skip, stop, rollback')
+    if force or dry_run:                                                 # what would refuse the run later does so before the old one is thrown away
+        share_of_rank(r, ranks().world_size)
+        pick_kernel(attention, device, torch.float32 if precision == 'fp32' else torch.bfloat16)
     if dry_run: return rehearse(r, source, run_dir('base', tag), device, precision)
     first = ranks().rank == 0
     with join_ranks(device), lock(folder := run_dir('base', tag)):
@@ -217,8 +221,11 @@ def main(
 ):
     "Pretrain a model. Run again to go on after an interruption; a finished run is not repeated. Ends with 0 when finished, 1 after a mistake, 130 and 143 when Ctrl-C or SIGTERM stopped it after saving."
     with as_command():
+        dialled = dial_settings(dial)
+        for name in dialled.keys() & {'vocab_size', *inspect.signature(base_train).parameters}:
+            raise UserError(f'--dial {name}: not a setting of the dial; use the flag of that name (vocab_size comes from the tokenizer)')
         own = dict(tokens=tokens, steps=steps, tokens_per_param=tokens_per_param, flops=flops, batch_tokens=batch_tokens, device_batch=device_batch,
                    matrix_lr=matrix_lr, embedding_lr=embedding_lr)
         return print_result(base_train(depth, data, tag, tokenizer, max_len, eval_every, save_every, seed=seed, device=device, precision=precision,
             attention=attention, force=force, compiled=compiled, on_bad=on_bad, dry_run=dry_run, keep=keep, sample_every=sample_every, track=track,
-            **{**own, **dial_settings(dial)}))
+            **{**own, **dialled}))

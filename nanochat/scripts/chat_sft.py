@@ -94,6 +94,7 @@ def chat_sft(
         (chats, fitted), (held_out, _) = (render_all(tok, part, base.max_len + 1) for part in gather(data, n, seed))
         r = sft_recipe(base, sum(len(c.ids) for c in chats), epochs, lr_scale, batch_tokens)
         config = dict(recipe=r.to_dict(), data=data, n=n, conversations=len(chats), base=base_hash, tokenizer=tok.hash, seed=seed, precision=precision)
+        if force: share_of_rank(r, world), model.attend()                       # both may refuse: before the old run is thrown away
         run, result = start_run(folder, config, force, track)
         if result and rank == 0: print(f'already finished: sft {tag}')
         if result: return result
