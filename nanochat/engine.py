@@ -20,7 +20,7 @@ from .cache import upload
 from .common import UserError
 from .conversation import message_text, parse_reply, render_prompt
 from .prefix import PrefixStore, weights_version
-from .sampling import Sampling, dials, measure, next_probs, sample
+from .sampling import Sampling, dials, measure, sample
 from .static import StaticStep
 from .speculate import Guesses, draft
 from .tokenizer import StreamDecoder
@@ -152,7 +152,7 @@ class _Reply:
         most = min(most, self.limit - (len(self.ids) - self.start) - 1)
         if self.stopping or most < 1: return []
         if self.forced: return list(self.forced)[:most]
-        if self.sampling.temperature or self.sampling.stop or not self.guesses.worth: return []
+        if self.sampling.temperature or not self.guesses.worth: return []
         return draft(self.ids, most, self.engine.marks)
 
 # %% ../nbs/40_engine.ipynb #engine
@@ -172,6 +172,7 @@ class Engine:
     ):
         if tok.n_vocab > model.cfg.vocab_size:
             raise UserError(f'the tokenizer has {tok.n_vocab} tokens, the model {model.cfg.vocab_size}: they do not belong together')
+        if max_rows < 1: raise UserError(f'max_rows is {max_rows}: at least one row must have a place')
         if static and speculate: raise UserError('static steps read one token, and speculation several: choose one of the two')
         self.model, self.tok, self.tool, self.max_rows = model, tok, tool, max_rows
         self.max_calls, self.max_output, self.chunk, self.static, self.speculate = max_calls, max_output, chunk, static, speculate
@@ -246,7 +247,7 @@ class Session:
     width = property(lambda self: self._cache.max_len if self._cache else 0, doc='Tokens that the cache has room for in each row.')
 
     def cancel(self, row:int|None=None):
-        "End a row, or all (None): it finishes with its next token; one that has not begun to write gives no event"
+        "End a row, or all (None): it finishes with its next token; one whose prompt is still waiting or being read gives no further event"
         for reply in list(self._rows.values()) if row is None else filter(None, [self._rows.get(row)]): reply.stopping = True
 
     def add(self,
@@ -292,8 +293,8 @@ class Session:
             if twin: twin.replies.append(reply)
             elif found.n == len(reply.ids): begun.append((found.cache, [reply], found.hidden))
             else:
-                self._readings = [*self._readings, _Reading(reply, found)]
-                caches.append(found.cache or self.model.new_cache(1, _bucket(len(reply.ids), self.model.cfg.max_len)))
+                self._readings, width = [*self._readings, _Reading(reply, found)], _bucket(len(reply.ids), self.model.cfg.max_len)
+                caches.append(found.cache.resized(width) if found.cache else self.model.new_cache(1, width))
         if len(caches) > 1: self._unread = _together(caches)
         return events, begun
 
@@ -472,7 +473,7 @@ def _events(session, stop):
 # %% ../nbs/40_engine.ipynb #completion-of
 def _completion(tok, events):
     "The events of one row as a whole"
-    ids, finish = [e.id for e in events], events[-1].finish if events else 'stopped'
+    ids, finish = [e.id for e in events], (events[-1].finish if events else None) or 'stopped'
     parts, text = parse_reply(tok, ids), ''.join(e.text for e in events if e.kind == 'text')
     extra = len(message_text({'role': 'assistant', 'content': parts})) - len(text)          # a stop string, and what came behind it
     if extra > 0: parts[-1]['text'] = parts[-1]['text'][:-extra]

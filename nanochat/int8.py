@@ -91,7 +91,8 @@ class Int8Linear(nn.Module):
 
     def rounded(self, x:torch.Tensor) -> tuple:
         "Codes and scale of the rows of x, from the note if they stand there"
-        if self.note and self.note[0][0] is x: return self.note[0][1:]
+        last = self.note[0] if self.note else None                     # read once: another thread may write
+        if last is not None and last[0] is x: return last[1:]
         q, most = round_rows(x.flatten(0, -2))
         if self.note is not None: self.note[:] = [(x, q, most)]
         return q, most

@@ -30,15 +30,17 @@ class Sampling:
     logprobs:int|None=None # None: none; 0: of the chosen tokens; n: also of the n likeliest
     forced:tuple=() # ids that the reply must begin with
     def __post_init__(self):
-        self.stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        self.forced = tuple(self.forced)
+        if isinstance(self.stop, str): self.stop = (self.stop,)
+        for name in ('stop', 'forced'):
+            try: setattr(self, name, tuple(getattr(self, name)))
+            except TypeError: pass                              # `check` says it in words
         self.check()
 
     def check(self):
         "Raise `UserError` for a value that makes no sense"
         for name, (good, what) in _GOOD.items():
             try: ok = good(getattr(self, name))
-            except TypeError: ok = False
+            except (TypeError, AttributeError): ok = False
             if not ok: raise UserError(f'{name} is {getattr(self, name)!r}: it must be {what}')
 
 # %% ../nbs/39b_sampling.ipynb #good
@@ -139,10 +141,13 @@ def sample(
     d = sampling if isinstance(sampling, Dials) else dials(sampling, logits.shape[-1], logits.device)
     best = adjusted(logits, d, seen).argmax(-1)
     if not d.draws: return best
-    edges = next_probs(logits, d, seen).cumsum(-1)
+    probs = next_probs(logits, d, seen)
+    edges = probs.cumsum(-1)
     ids = torch.searchsorted(edges, u[:, None].to(edges.dtype) * edges[:, -1:], right=True)     # the first edge beyond the throw
     last = torch.searchsorted(edges, edges[:, -1:].contiguous())                                # rounding must not reach past it
-    return torch.where(d.greedy, best, torch.minimum(ids, last)[:, 0])
+    ids = torch.minimum(ids, last).clamp(max=probs.shape[-1] - 1)                               # V: the row is NaN, which the caller looks for
+    ids = torch.where(probs.gather(-1, ids) > 0, ids, best[:, None])    # a GPU adds in another order: an edge may rise where nothing is
+    return torch.where(d.greedy, best, ids[:, 0])
 
 # %% ../nbs/39b_sampling.ipynb #measured
 class Measured(NamedTuple):

@@ -5,8 +5,9 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from nanochat.common import UserError
 from nanochat.conversation import check_conversation, message_text, render, render_prompt
-from nanochat.engine import Engine, Sampling, ScriptedModel, next_probs, sample
+from nanochat.engine import Engine, Sampling, ScriptedModel, sample
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.sampling import next_probs
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import run_tool
 
@@ -187,6 +188,20 @@ def test_bad_requests_are_refused_when_called(model):
     with pytest.raises(UserError): engine.stream([[1]], changed)
     assert engine.complete([]) == []
 
+@pytest.mark.parametrize('n', [0, -1])
+def test_an_engine_without_places_is_refused(model, n):
+    with pytest.raises(UserError, match=f'max_rows is {n}: at least one row must have a place'): Engine(model, tok, max_rows=n)
+
+def test_stopped_behind_a_forced_beginning(model):
+    "While the prompt is still being read: the reply has its beginning, and says how it ended"
+    stop, events = threading.Event(), []
+    engine = Engine(model, tok, chunk=4)
+    for e in engine.stream([PROMPTS[2]], Sampling(forced=tok.encode('Well')), stop): events.append(e); stop.set()
+    assert tok.decode([e.id for e in events]) == 'Well' and {e.finish for e in events} == {None}
+    engine.stream = lambda *args: iter(events)
+    (c,) = engine.complete([PROMPTS[2]])
+    assert (c.text, c.finish, c.forced) == ('Well', 'stopped', [True]*4)
+
 def test_stop():
     engine, stop, seen = Engine(ScriptedModel(tok, SCRIPT), tok, max_rows=2), threading.Event(), []
     prompts = [render_prompt(tok, ask(q)) for q in ('What is 6*7?', 'And 1//0?', 'Hello')]
@@ -207,7 +222,8 @@ def test_close_frees_the_cache_and_leaves_the_thread_alone():
 def test_an_error_in_the_model_reaches_the_caller():
     broken = gpt()
     with torch.no_grad(): broken.lm_head.weight[5, 3] = torch.nan
-    with pytest.raises(UserError, match='NaN'): Engine(broken, tok).complete(PROMPTS, Sampling(max_tokens=3))
+    for temperature in (0., 1.):
+        with pytest.raises(UserError, match='NaN'): Engine(broken, tok).complete(PROMPTS, Sampling(max_tokens=3, temperature=temperature))
     with pytest.raises(UserError, match='do not belong together'): Engine(gpt(vocab_size=576), WideTokenizer())
 
 class WideTokenizer: n_vocab = 600

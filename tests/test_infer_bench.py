@@ -119,6 +119,7 @@ def test_peak_counts_bytes_that_are_alive_at_once():
 def test_kinds_take_turns_and_gain_is_of_pairs(engine, monkeypatch):
     seen, times = [], iter([9, 9, 4, 2, 3, 6, 8, 2])     # the warm-up, then pairs; small, plain | plain, small | …
     def fake(e, prompts, new):
+        assert not e.store.max_bytes                      # nothing is remembered, not even where a prompt is asked twice
         seen.append((kind_of[id(e.model)], prompts))
         return dict(first=1., rest=float(next(times)))
     model = engine.model

@@ -134,6 +134,15 @@ def test_notes_of_layers_are_apart():
         x = torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(seed))
         assert torch.equal(q(x), alone(x)) and torch.equal(q(x), alone(x))
 
+def test_a_note_is_read_once():
+    "Another thread may replace it between two readings"
+    layer, x, y = Int8Linear(matrix(0, 8, 32, 1.)), torch.ones(1, 32), -torch.ones(1, 32)
+    mine, other = ((z, *round_rows(z)) for z in (x, y))
+    class Note(list):
+        def __getitem__(self, i): row, self[:] = super().__getitem__(i), [other]; return row
+    layer.note = Note([mine])
+    assert torch.equal(layer.rounded(x)[0], mine[1])
+
 def test_threads_do_not_mix_their_rows():
     fast = quantize(small())
     ids = [torch.randint(0, 512, (1, 12), generator=torch.Generator().manual_seed(i)) for i in range(4)]

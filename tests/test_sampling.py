@@ -89,11 +89,25 @@ def test_extremes(s):
     assert p.isfinite().all() and torch.allclose(p.sum(-1), torch.ones(4))
     if s['temperature'] < 1e9: assert (p.max(-1).values == 1).all()
 
+def test_an_edge_that_rises_where_nothing_is(monkeypatch):
+    "A GPU adds in another order, and its sums need not rise evenly: what has probability 0 is not drawn even then"
+    add, logits = torch.Tensor.cumsum, torch.tensor([[0., -math.inf, 0., -math.inf]]).expand(200, -1)
+    def uneven(x, dim): return add(x, dim) + torch.tensor([0., 1e-2, 0., 1e-2])
+    monkeypatch.setattr(torch.Tensor, 'cumsum', uneven)
+    assert set(sample(logits, Sampling(temperature=1.), torch.linspace(0, 1 - 2**-24, 200)).tolist()) == {0, 2}
+
+def test_a_row_of_nan_still_gives_an_id():
+    "The caller sees the NaN; until then nothing may reach beyond the vocabulary"
+    logits = torch.stack([logits_of(0)[0], torch.full((V,), math.nan)])
+    ids = sample(logits, Sampling(temperature=1., top_k=5), torch.tensor([.5, .5]))
+    assert all(0 <= i < V for i in ids.tolist())
+
 # ---- bad values
 
 BAD = dict(temperature=['1', None, -1, math.nan, math.inf], top_k=[-1, 2.5, None], top_p=[0, 1.1, math.nan, None], min_p=[-.1, 2], seed=['x', 1.5],
-           repetition_penalty=[0, -1, math.inf, math.nan], max_tokens=[0, 1.5, 'many'], stop=[[''], [1]], bias=[{-1: 1.}, {'a': 1.}, {1: math.inf}, {1: math.nan}],
-           logprobs=[-1, 'all'], forced=[[-1], 'text'])
+           repetition_penalty=[0, -1, math.inf, math.nan], max_tokens=[0, 1.5, 'many'], stop=[[''], [1], None, 5],
+           bias=[{-1: 1.}, {'a': 1.}, {1: math.inf}, {1: math.nan}, [1], 5],
+           logprobs=[-1, 'all'], forced=[[-1], 'text', None, 5])
 
 @pytest.mark.parametrize('name', list(BAD))
 def test_bad_values_are_refused(name):

@@ -174,6 +174,21 @@ def test_the_cache_is_as_wide_as_its_rows(models):
     for _ in range(30): session.step()
     assert session.width == 128
 
+@pytest.mark.parametrize('features', list(FEATURES))
+def test_a_hit_brings_no_width(features):
+    "A short prompt that begins like a long text is as wide as it must be"
+    model = gpt(max_len=1024, **FEATURES[features])
+    quiet = {i: -99. for i in tok.special_ids}
+    engine, begin, s = Engine(model, tok), 'Once upon a time there was a ', Sampling(max_tokens=3, bias=quiet)
+    for long in ('x'*600, 'y'*600): engine.complete([ids_of(begin + long)], s)              # the second leaves a copy where they part
+    session, prompt, events = engine.session(), ids_of(begin + 'hen'), []
+    assert engine.find(prompt).n > 20
+    row, widths = session.add(prompt, s), set()
+    while session.busy:
+        events += session.step()
+        widths |= {session.width} - {0}
+    assert widths == {64} and told(events) == naive(model, prompt, s)
+
 # ---- coming, going, ends
 
 def test_cancel(models):
@@ -366,6 +381,17 @@ def test_guesses_change_nothing_but_the_number_of_steps(models, features):
     plain, guessed = (Engine(spy, tok, count, prefix_bytes=0, speculate=n).complete(prompts, each) for spy, n in zip(spies, (0, 4)))
     assert plain == guessed and [c.ids for c in plain] == [naive(models[features], p, s)[0] for p, s in zip(prompts, each)]
     assert len(spies[1].read) < len(spies[0].read)
+
+@pytest.mark.parametrize('n', range(9, 19))
+def test_a_stop_string_may_end_inside_a_draft(n):
+    "Wherever in a draft it is whole: the same reply, in fewer steps"
+    done, reads = [], []
+    for speculate in (0, 4):
+        spy = Spy(ScriptedModel(tok, {'q': 'so: ' + 'ab'*20}))
+        engine = Engine(spy, tok, speculate=speculate)
+        done += engine.complete([ask('q')], Sampling(stop=('ab'*9)[:n]))
+        reads.append(len(spy.read))
+    assert done[0] == done[1] and (done[0].text, done[0].finish) == ('so: ', 'stop') and reads[1] < reads[0]
 
 def test_a_guess_never_goes_past_the_end(models):
     model = gpt(max_len=32)
