@@ -6,7 +6,7 @@
 __all__ = ['keep_parts', 'shown', 'message_pieces', 'transcript', 'Turn', 'Chat', 'pick_tool', 'open_engine', 'open_chat']
 
 # %% ../nbs/43_chat.ipynb #imports
-import json, threading
+import json, os, threading
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -259,7 +259,7 @@ class Chat:
     ) -> int: # how many pairs the vote has made
         "Say how good a reply is. With `pairs`, each reply to the same prompt with the opposite vote makes a pair in that file"
         mine = self.turns[self._check(turn)]
-        if vote not in (-1, 0, 1): raise UserError(f'a vote is 1, -1 or 0, not {vote!r}')
+        if type(vote) is not int or vote not in (-1, 0, 1): raise UserError(f'a vote is 1, -1 or 0, not {vote!r}')
         rivals = self._rivals(turn, vote) if self.pairs and vote != mine.vote else []
         for other in rivals:
             good, bad = (mine, other) if vote == 1 else (other, mine)
@@ -270,14 +270,14 @@ class Chat:
     def save(self, path):
         "Write the whole conversation to the file `path`. Replaces a saved chat, but no other file"
         path = Path(path).expanduser()
-        if path.exists(): _saved(path, self.engine.tok)
+        if os.path.exists(path): _saved(path, self.engine.tok)          # Path.exists may raise, for a very long name
         turns = [{**vars(t), 'events': [e[1:] for e in t.events]} for t in self.turns]
         write_json(path, {'format': _FORMAT, 'tokenizer': self.engine.tok.hash, 'system': self.system, 'head': self.head, 'turns': turns})
 
     def load(self, path):
         "Go on with the conversation in the file `path`. Raises `UserError`, and changes nothing, unless the whole file is good"
         path = Path(path).expanduser()
-        _need(path.exists(), f'there is no file {path}')
+        _need(os.path.exists(path), f'there is no file {path}')
         with _alone(self._answering):
             system, turns, head = _saved(path, self.engine.tok)
             self.clear()
@@ -312,12 +312,12 @@ def _need(ok, what):
 def _event(fields, n_vocab):
     "An `Event` from the list that a file holds"
     e = Event(0, *fields)
-    number = lambda x: x is None or type(x) in (int, float)
+    number = lambda x: x is None or type(x) in (int, float) and -1e9 < x < 700        # no NaN; what math.exp can take
     _need(type(e.id) is int and 0 <= e.id < n_vocab and type(e.text) is str and type(e.forced) is bool, 'a token is damaged')
     _need(e.kind in ('text', *_TOOL) and e.finish in (None, 'stop', 'length', 'stopped'), 'a token is damaged')
     _need(number(e.logprob) and number(e.entropy), 'a token is damaged')
     top = tuple((i, p) for i, p in e.top)
-    _need(all(type(i) is int and 0 <= i < n_vocab and type(p) in (int, float) for i, p in top), 'a token is damaged')
+    _need(all(type(i) is int and 0 <= i < n_vocab and p is not None and number(p) for i, p in top), 'a token is damaged')
     return e._replace(top=top)
 
 # %% ../nbs/43_chat.ipynb #saved-check
@@ -359,13 +359,14 @@ def _saved(path, tok):
 # %% ../nbs/43_chat.ipynb #pick-tool
 def pick_tool(
     name:str, # 'calculator', 'python' or 'off'
+    accept_unsafe:bool=False, # run programs of the model where the walls are low, see page 42
 ):
     "The function behind a model's calls: arithmetic, Python in a sandbox, or None for no calls"
     if name == 'calculator': return calculate
     if name == 'off': return None
     if name != 'python': raise UserError(f'there is no tool {name!r}: pass --tool calculator, python or off')
     from nanochat.sandbox import python_tool
-    return python_tool()
+    return python_tool(accept_unsafe=accept_unsafe)
 
 # %% ../nbs/43_chat.ipynb #open-chat
 def open_engine(
@@ -376,9 +377,10 @@ def open_engine(
     tool:str='calculator', # what calls of the model run, see `pick_tool`
     int8:bool=False, # weights in 8 bits: smaller, and faster on a CPU where the model is large
     speculate:int=0, # tokens to guess ahead where the likeliest token is taken
+    i_accept_unsafe_code:bool=False, # let the model's Python run where the walls are low, see page 42
 ) -> Engine:
     "An engine with a trained model. Raises `UserError` when there is none"
-    folder, run = run_dir(stage, tag), pick_tool(tool)
+    folder, run = run_dir(stage, tag), pick_tool(tool, i_accept_unsafe_code)
     if not checkpoints(folder):
         there = sorted(p.name for p in (base_dir()/stage).glob('*') if checkpoints(p))
         other = f', or pass --tag {there[0]}' if there else ''
@@ -389,18 +391,21 @@ def open_engine(
 
 # %% ../nbs/43_chat.ipynb #open-chat-fn
 def open_chat(
-    stage:str='sft', # as for `open_engine`, like the next six
+    stage:str='sft', # as for `open_engine`, like the next seven
     tag:str='tiny',
     step:int|str|None=None,
     device:str='auto',
     tool:str='calculator',
     int8:bool=False,
     speculate:int=0,
+    i_accept_unsafe_code:bool=False,
     system:str|None=None, # a system message
     **sampling, # fields of `Sampling`
 ) -> Chat:
     "A chat with a trained model, whose votes go to `preferences/<tag>/pairs.jsonl`. Raises `UserError` when there is none"
-    sampling, opened = Sampling(**sampling), dict(stage=stage, tag=tag, step=step, device=device, tool=tool, int8=int8, speculate=speculate)
+    sampling = Sampling(**sampling)
+    opened = dict(stage=stage, tag=tag, step=step, device=device, tool=tool, int8=int8, speculate=speculate,
+                  i_accept_unsafe_code=i_accept_unsafe_code)
     chat = Chat(open_engine(**opened), system, sampling, run_dir('preferences', tag)/'pairs.jsonl')
     chat.opened = opened
     return chat

@@ -56,7 +56,8 @@ processes   ptrace 101 117 process_vm_readv 310 270 process_vm_writev 311 271 pr
             process_mrelease 448 448 setpriority 141 140 sched_setaffinity 203 122 sched_setscheduler 144 119 setrlimit 160 164
             sched_setparam 142 118 sched_setattr 314 274 ioprio_set 251 30 migrate_pages 256 238 move_pages 279 239
 network     socket 41 198 socketpair 53 199 connect 42 203 bind 49 200 listen 50 201 accept 43 202 accept4 288 242
-memory      shmget 29 194 shmat 30 196 semget 64 190 msgget 68 186 mq_open 240 180 memfd_create 319 279 memfd_secret 447 447
+memory      shmget 29 194 shmat 30 196 shmctl 31 195 semget 64 190 semop 65 193 semctl 66 191 semtimedop 220 192 msgget 68 186
+            msgsnd 69 189 msgrcv 70 188 msgctl 71 187 mq_open 240 180 mq_unlink 241 181 memfd_create 319 279 memfd_secret 447 447
 files       chmod 90 - fchmod 91 52 fchmodat 268 53 chown 92 - fchown 93 55 lchown 94 - fchownat 260 54 utime 132 - utimes 235 -
             futimesat 261 - utimensat 280 88 setxattr 188 5 lsetxattr 189 6 fsetxattr 190 7 removexattr 197 14
             lremovexattr 198 15 fremovexattr 199 16 link 86 - linkat 265 37 symlink 88 - symlinkat 266 36 mknod 133 -
@@ -69,7 +70,7 @@ kernel      mount 165 40 umount2 166 39 pivot_root 155 41 chroot 161 51 unshare 
             acct 163 89 reboot 169 142 kexec_load 246 104 kexec_file_load 320 294 init_module 175 105 finit_module 313 273 delete_module 176 106
             swapon 167 224 swapoff 168 225 iopl 172 - ioperm 173 - modify_ldt 154 -
 """
-_WITH_CARE = 'open 2 - openat 257 56 openat2 437 437 clone 56 220 clone3 435 435 kill 62 129 tgkill 234 131 prctl 157 167 prlimit64 302 261'
+_WITH_CARE = 'open 2 - openat 257 56 openat2 437 437 clone 56 220 clone3 435 435 kill 62 129 tgkill 234 131 prctl 157 167 prlimit64 302 261 fcntl 72 25'
 
 # %% ../nbs/41a_jail.ipynb #syscalls
 def syscalls(
@@ -99,8 +100,10 @@ def _careful(pid):
     truncating = lambda i: [_argument(i), (_AND, 0, 0, 0o1003), (_EQUAL, 3, 0, 0o1000), (_AND, 0, 0, 3), (_EQUAL, 1, 0, 3),
                             _back(ALLOW), _back(DENY)]                 # O_TRUNC without writing; the odd mode 3
     reading = [_argument(2), (_EQUAL, 0, 3, 0), (_LOAD, 0, 0, _ARGUMENT + 8 * 2 + 4), (_EQUAL, 0, 1, 0), _back(ALLOW), _back(DENY)]
+    owner = [_argument(1), (_EQUAL, 2, 0, 8), (_EQUAL, 1, 0, 10), (_EQUAL, 0, 1, 15),      # F_SETOWN, F_SETSIG, F_SETOWN_EX:
+             _back(DENY), _back(ALLOW)]                                # a pipe could signal another process
     return dict(clone=only(thread), kill=only(own), tgkill=only(own), prctl=only(name), open=truncating(1), openat=truncating(2),
-                clone3=[_back(ABSENT)], openat2=[_back(ABSENT)], prlimit64=reading)
+                clone3=[_back(ABSENT)], openat2=[_back(ABSENT)], prlimit64=reading, fcntl=owner)
 
 # %% ../nbs/41a_jail.ipynb #filter-program
 def filter_program(
@@ -212,6 +215,8 @@ def enter(layers, parent, pipes, folder, disk, rlimits) -> int: # the number of 
     if 'namespaces' in layers:
         new_namespaces(folder, disk)
         outside = become_init([0, 1, 2, *pipes])
+    if 'seccomp' in layers and 'namespaces' not in layers:            # there the kernel counts all threads of this user, honest ones too:
+        rlimits = {k: v for k, v in rlimits.items() if k != 'NPROC'}  # memory bounds them, as for root
     if 'limits' in layers: set_limits(**rlimits)
     if 'limits' in layers and linux: drop_rights()
     if 'landlock' in layers or 'seccomp' in layers: system('prctl', _NO_NEW_PRIVS, 1, 0, 0, 0)

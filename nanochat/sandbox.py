@@ -25,7 +25,7 @@ class Limits:
     file:int=16 << 20 # bytes of one file
     disk:int=32 << 20 # bytes of all files together (with namespaces)
     files:int=64 # open at once
-    threads:int=32 # at once (not counted for root)
+    threads:int=32 # at once (with namespaces; for root, and without them, memory is the bound)
 
     def rlimits(self):
         return dict(AS=self.memory, CPU=int(self.seconds) + 2, FSIZE=self.file, NOFILE=self.files, NPROC=self.threads, CORE=0)

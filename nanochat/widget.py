@@ -596,11 +596,12 @@ class ChatWidget(anywidget.AnyWidget):
         unknown = set(values) - {'system', *_FIELDS}
         if unknown: raise UserError(f'there is no setting {min(unknown)}')
         with self._lock:
+            sampling = replace(self.chat.sampling, **{k: v for k, v in values.items() if k != 'system'})      # first: it may refuse
             if 'system' in values:
-                self.chat.system, shown = str(values.pop('system') or '').strip() or None, len(self._system)
+                self.chat.system, shown = str(values['system'] or '').strip() or None, len(self._system)
                 self._system = self._system_boxes()
                 self.turns = [*self._system, *self.turns[shown:]]
-            self.chat.sampling = replace(self.chat.sampling, **values)
+            self.chat.sampling = sampling
             self._show_settings()
 
     def stop(self):

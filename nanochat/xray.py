@@ -47,7 +47,7 @@ _LOOK = 'color:#111;white-space:pre-wrap;border-bottom:3px solid {line};backgrou
 
 def _hover(v):
     "What is known about a token, in words"
-    if v['p'] is None: return 'forced' if v['kind'] != 'prompt' else 'read'
+    if v['p'] is None: return 'read' if v['kind'] == 'prompt' else 'forced' if v['forced'] else 'sampled'
     others = ', '.join(f'{text!r} {p:.0%}' for i, text, p in v['top'] if i != v['id'])
     return f"p {v['p']:.1%}, entropy {v['h']:.2f} bits, {'forced' if v['forced'] else 'sampled'}" + (f'; else {others}' if others else '')
 

@@ -271,6 +271,18 @@ def test_save_replaces_no_other_file(tmp_path):
     again = Chat(scripted()); again.load(tmp_path/'chat.json')
     assert again.messages == chat.messages
 
+def test_names_that_no_disk_holds(tmp_path):
+    "Path.exists raises for such a name; the chat answers with a sentence and goes on"
+    chat = Chat(scripted())
+    said = commands(chat, *(f'/{what} {name}' for what in ('save', 'load') for name in ('x' * 300, f'{tmp_path}/{"d" * 300}/chat.json')), 'Hello?')
+    assert said.count('error: cannot write') == 2 and said.count('error: there is no file') == 2 and 'I see.' in said
+
+def test_a_vote_is_a_whole_number(tmp_path):
+    chat = Chat(scripted()); chat.answer('Hello?')
+    for odd in (True, False, 1., -1., '1', None, 2):
+        with pytest.raises(UserError, match='a vote is'): chat.vote(0, odd)
+    chat.vote(0, 1); chat.save(tmp_path/'chat.json'); Chat(scripted()).load(tmp_path/'chat.json')
+
 # the X-ray
 
 def test_the_xray_agrees_with_training():
@@ -286,6 +298,7 @@ def test_the_xray_agrees_with_training():
 
 def test_an_xray_without_probabilities():
     chat = Chat(scripted()); chat.answer(QUESTION)
+    assert 'title="forced"' in xray_html(xray(chat, 0)).html and 'title="sampled"' in xray_html(xray(chat, 0)).html
     assert {v['p'] for v in xray(chat, 0)} == {None} and '888' in repr(xray_html(xray(chat, 0))).replace(' ', '')
 
 def test_every_byte_has_a_label():
@@ -500,6 +513,17 @@ def test_python_as_a_tool():
     chat = Chat(Engine(model, TOK, tool, max_output=256))
     assert ''.join(t for _, t in chat.stream('Sum?')) == '[print(sum(range(10))) = 45]45.', level()
     assert 'python' not in [p['type'] for p in Chat(Engine(model, TOK, pick_tool('off'))).engine.complete([render_prompt(TOK, {'messages': [{'role': 'user', 'content': 'Sum?'}]})])[0].parts]
+
+@pytest.mark.parametrize('args, stdin', [(['-p', 'Hi'], ''), ([], 'Hi\n')])
+def test_low_walls_are_named(trained, monkeypatch, capsys, args, stdin):
+    "Refused without the flag; with it the conversation begins with the level, and -p prints nothing but the answer"
+    from nanochat import sandbox
+    monkeypatch.setattr(sandbox, 'level', lambda: sandbox.Level(1, ('limits',), 'no Landlock'))
+    args = [*args, '--tool', 'python', '--max-tokens', '2', '--device', 'cpu']
+    code, out, err = run_cli(monkeypatch, capsys, *args, base=trained, stdin=stdin)
+    assert code == 1 and out == '' and 'level 1 of 3' in err and '--i-accept-unsafe-code' in err
+    code, out, err = run_cli(monkeypatch, capsys, *args, '--i-accept-unsafe-code', base=trained, stdin=stdin)
+    assert code == 0 and err == '' and out.startswith('(programs of the model run in a jail of level 1 of 3)\n') == (not args[0] == '-p')
 
 def test_int8_and_guesses_are_options_that_change_no_greedy_answer(trained, monkeypatch):
     monkeypatch.setenv('NANOCHAT_BASE_DIR', str(trained))

@@ -106,11 +106,14 @@ ATTACKS = {
                     'ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))()', 'forbidden crashed', 2),
     '52-posix-shm': ('from multiprocessing import shared_memory as s\ns.SharedMemory(create=True, size=9)', 'forbidden', 2),
     '52b-sysv-shm': (RAW + "raw('shmget', 0, 4096, 0o1600)", 'forbidden', 2),
+    '52c-sysv-by-number': (RAW + "raw('msgctl', 2**31 - 1, 2, 0)", 'forbidden', 2),        # no queue has that number
     '48-kill-parent': ('import os; os.kill(PARENT, 0)', 'forbidden', 2),
     '48b-kill-all': ('import os; os.kill(-1, 0)', 'forbidden', 2),
     '48c-ctypes-kill': (RAW + "raw('kill', PARENT, 0)", 'forbidden', 2),
     '48d-limits-of-parent': (RAW + 'import resource; resource.prlimit(PARENT, resource.RLIMIT_CORE, (0, 0))', 'forbidden error', 2),
     '48e-slow-down-parent': ('import os; os.setpriority(os.PRIO_PROCESS, PARENT, 19)', 'forbidden', 2),
+    '48f-signal-by-pipe': ("import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, PARENT)", 'forbidden', 2),
+    '48g-which-signal': ("import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, 10, 9)        # F_SETSIG, SIGKILL", 'forbidden', 2),
     # the network
     '43-tcp': (SOCKET + "socket.create_connection(('127.0.0.1', PORT), timeout=.3)", 'forbidden', 2),
     '44-udp': (SOCKET + "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', PORT))", 'forbidden', 2),
@@ -187,6 +190,20 @@ def test_secrets_do_not_come_along(world):
     found = run('import os, sys\nprint(dict(os.environ), sys.argv, sys.orig_argv, sys.path, os.getcwd())', accept_unsafe=HERE.number < 2)
     assert found.verdict == 'done' and 'hunter2' not in found.stdout
     assert set(eval(found.stdout.split('}')[0] + '}')) <= {'LC_CTYPE'}
+
+@needs(2)
+def test_ordinary_uses_of_fcntl_pass(world):
+    code = ("import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETFL, fcntl.fcntl(r, fcntl.F_GETFL) | os.O_NONBLOCK)\n"
+            "fcntl.fcntl(r, fcntl.F_SETFD, fcntl.FD_CLOEXEC); fcntl.fcntl(r, fcntl.F_GETOWN)\n"
+            "print(fcntl.fcntl(r, fcntl.F_DUPFD_CLOEXEC, 20))\nwith open('x', 'w') as f: fcntl.lockf(f, fcntl.LOCK_EX)")
+    for layers in {HERE.layers, L2}: assert run(code, layers=layers)[:3] == ('done', '', '20\n')
+
+@needs(3)
+def test_threads_are_counted_only_where_no_others_are(world):
+    "Without namespaces the kernel counts all threads of this user, and a program that makes one would fail for the reader's own"
+    import resource
+    code, ours = 'import resource; print(resource.getrlimit(resource.RLIMIT_NPROC))', resource.getrlimit(resource.RLIMIT_NPROC)
+    assert run(code, Limits(threads=9), HERE.layers).stdout == '(9, 9)\n' and run(code, Limits(threads=9), L2).stdout == f'{ours}\n'
 
 def test_open_descriptors_do_not_come_along(world):
     "The child has its three streams, two pipes, and nothing of ours"
@@ -587,6 +604,7 @@ def test_the_filter_decides_every_call(machine):
         flags = lambda f: say(careful[name], *[0]*i, f)
         assert flags(0) == flags(0o1101) == flags(0o1002) == jail.ALLOW and flags(0o1000) == flags(3) == flags(0o1003) == jail.DENY
     assert say(careful['prctl'], 15) == jail.ALLOW and say(careful['prctl'], 1) == jail.DENY
+    assert all(say(careful['fcntl'], 3, c) == (jail.DENY if c in (8, 10, 15) else jail.ALLOW) for c in (*range(20), *range(1024, 1040)))
     assert say(careful['clone3']) == say(careful['openat2']) == jail.ABSENT
 
 HEADERS = {'x86_64': '/usr/include/x86_64-linux-gnu/asm/unistd_64.h', 'aarch64': '/usr/include/asm-generic/unistd.h'}

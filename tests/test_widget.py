@@ -230,6 +230,11 @@ def test_settings_hold_for_the_next_reply():
     w.adjust(system='', max_tokens=None)
     assert [t['role'] for t in w.turns] == ['user', 'assistant'] and w.messages[0]['role'] == 'user'
 
+def test_a_refused_setting_changes_nothing_else():
+    w = make()
+    w._received(w, {'type': 'set', 'values': {'temperature': -1, 'system': 'Be brief.'}}, [])
+    assert 'temperature' in w.status and w.chat.system is None and w.turns == [] and w.messages == []
+
 ODD = [None, -1, 99, 1.5, True, 'x', '', [], {}, '__class__', 10**30]
 
 @pytest.mark.parametrize('kind', ['ask', 'edit', 'again', 'branch', 'switch', 'vote', 'xray', 'set', 'stop', 'clear', 'sync', 'what', None])

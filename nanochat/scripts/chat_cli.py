@@ -161,6 +161,9 @@ def chat_cli(
     single_process('Chat')
     chat, screen = open_chat(**options), Screen()
     if prompt is not None: return screen.write(chat.answer(prompt) + '\n')
+    if options.get('tool') == 'python':
+        from nanochat.sandbox import level
+        screen.write(f'(programs of the model run in a jail of level {level().number} of 3)\n', 'note')
     if not sys.stdin.isatty(): return converse(chat, screen, lambda prompt: input())
     try: import readline                    # noqa: F401  lets `input` edit a line and recall the ones before
     except ImportError: pass                # Windows
@@ -183,9 +186,10 @@ def main(
     seed:int=None, # makes sampling repeatable; a fresh one when left out
     int8:bool=False, # weights in 8 bits: smaller, and faster on a CPU where the model is large
     speculate:int=0, # tokens to guess ahead where the likeliest token is taken: the same text, sooner where it repeats itself
+    i_accept_unsafe_code:bool=False, # let the model's Python run where the walls are low, see page 42
     device:str='auto', # auto, cpu, cuda or mps
 ):
     "Chat with a trained model. Type a line and read the reply as it is written; /help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves. For one answer in a script: -p 'What is 37 times 24?'. Without a model yet: bash runs/tiny.sh makes a small one in minutes."
     with as_command():
         chat_cli(Prompt, stage=stage, tag=tag, step=step, system=system, tool=tool, int8=int8, speculate=speculate, device=device, temperature=temperature,
-                 top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed)
+                 top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed, i_accept_unsafe_code=i_accept_unsafe_code)
