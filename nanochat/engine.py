@@ -289,12 +289,11 @@ class Session:
             if reply.finish: self._rows.pop(reply.row); continue
             places -= 1
             twin = next((r for r in self._readings if r.ids == reply.ids), None)                # equal prompts are read together
-            found = None if twin else self.engine.find(reply.ids)
-            if twin: twin.replies.append(reply)
-            elif found.n == len(reply.ids): begun.append((found.cache, [reply], found.hidden))
-            else:
-                self._readings, width = [*self._readings, _Reading(reply, found)], _bucket(len(reply.ids), self.model.cfg.max_len)
-                caches.append(found.cache.resized(width) if found.cache else self.model.new_cache(1, width))
+            if twin: twin.replies.append(reply); continue
+            found, width = self.engine.find(reply.ids), _bucket(len(reply.ids), self.model.cfg.max_len)
+            cache = found.cache.resized(width) if found.cache else self.model.new_cache(1, width)
+            if found.n == len(reply.ids): begun.append((cache, [reply], found.hidden))
+            else: self._readings = [*self._readings, _Reading(reply, found)]; caches.append(cache)
         if len(caches) > 1: self._unread = _together(caches)
         return events, begun
 
