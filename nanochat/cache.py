@@ -74,8 +74,7 @@ class KVCache:
             raise ValueError(f'rows of {new} tokens do not fit into a cache of max_len={self.max_len}')
         counts = upload(lengths, self.pos.device)
         if (x := self._waiting.pop('last', None)) is not None: self.last = torch.where(counts[:, None] > 0, _at(x, counts - 1), self.last)
-        for layer, pair in self._waiting.items():
-            for store, piece in zip((self.k[layer], self.v[layer]), pair): _fill_ring(self, store, piece, lengths)
+        for layer, pair in self._waiting.items(): _fill_ring(self, (self.k[layer], self.v[layer]), pair, lengths)
         self._set(new)
 
     def select(self, rows) -> 'KVCache':
@@ -115,12 +114,13 @@ def _show_ring(cache, layer, k, v):
     for s, new in zip(stores, (k, v)): s[rows, places % size] = new.to(s.dtype)
     return *stores, ring_places(cache.pos + 1, size)
 
-def _fill_ring(cache, store, new, lengths):
+def _fill_ring(cache, stores, pair, lengths):
     "Write the tokens of a piece that count, and of those the last ones that the ring has room for"
-    T, size = new.shape[1], store.shape[1]
+    T, size = pair[0].shape[1], stores[0].shape[1]
     n, counts = torch.arange(T), torch.tensor(lengths)[:, None]                 # on the host: it need not ask the device which ones
-    row, i = upload(((n < counts) & (n >= counts - size)).nonzero(), store.device).T
-    store[row, cache.positions(T)[row, i] % size] = new[row, i].to(store.dtype)
+    row, i = upload(((n < counts) & (n >= counts - size)).nonzero(), cache.pos.device).T
+    slots = cache.positions(T)[row, i] % size
+    for store, new in zip(stores, pair): store[row, slots] = new[row, i].to(store.dtype)
 
 # %% ../nbs/20a_cache.ipynb #before
 def _at(x, places): return x[torch.arange(len(x), device=x.device), places]

@@ -197,7 +197,7 @@ class Loop:
             try: return train_step(self.model, self.optimizer, cut(batches, self.pieces), self.scaler, limit)
             except torch.OutOfMemoryError: pass        # only behind this line are the frames of the failed pass gone, and what they held
             rows = max(len(b.inputs) for b in batches)
-            if self.pieces >= rows: raise UserError('the memory does not hold one row: lower --max-len or --depth') from None
+            if self.pieces >= rows: raise UserError('the memory does not hold one row: lower --max-len or --depth')
             self.pieces = min(2*self.pieces, rows)
             if torch.cuda.is_available(): torch.cuda.empty_cache()
             warnings.warn(f'step {self.step + 1} did not fit: from here on micro-batches have {-(-rows//self.pieces)} rows; the steps stay the same')
