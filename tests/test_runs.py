@@ -195,10 +195,11 @@ def test_a_grid_gives_a_law(base):
     assert len(got['runs']) == 9 and got['law']['E'] == pytest.approx(got['marks']['entropy of the corpus'])
     analysed(base/'laws/grid-tiny/result.json')
 
-FAKE = {'scontrol': 'for i in $(seq "$SLURM_JOB_NUM_NODES"); do echo 127.0.0.1; done',
+# the pause: whoever reads only the first line must not end it with SIGPIPE, as a long list of nodes would
+FAKE = {'scontrol': 'echo 127.0.0.1; sleep .3; for i in $(seq 2 "$SLURM_JOB_NUM_NODES"); do echo 127.0.0.1; done',
         'srun': '''n="$SLURM_JOB_NUM_NODES"
 while [ "${1#--}" != "$1" ]; do case "$1" in --nodes=*) n="${1#*=}" ;; esac; shift; done
-echo "srun on $n: $*" >> "$FAKE_LOG"
+echo "srun on $n: $* ${NANOCHAT_HEAD:-}" >> "$FAKE_LOG"
 [ -z "${FAKE_ONLY:-}" ] || exit 0
 for i in $(seq 0 $((n - 1))); do SLURM_NODEID=$i "$@" & pids="${pids:-} $!"; done
 for p in $pids; do wait "$p"; done'''}
@@ -218,8 +219,8 @@ def sbatch(base, tmp_path, *args, **env):
 def test_sbatch_prepares_on_one_node_and_trains_on_all(tmp_path):
     well(sbatch(tmp_path, tmp_path, '--depth', 12, '--tag', 'it', FAKE_ONLY='yes'))
     first, second = (tmp_path/'log').read_text().splitlines()
-    assert first == 'srun on 1: bash runs/speedrun.sh --prepare --depth 12 --tag it'
-    assert second.startswith('srun on 2: bash -c') and second.endswith('2 --depth 12 --tag it')
+    assert first.rstrip() == 'srun on 1: bash runs/speedrun.sh --prepare --depth 12 --tag it'
+    assert second.startswith('srun on 2: bash -c') and second.endswith(f' 2 --depth 12 --tag it 127.0.0.1:{20000 + os.getpid() % 20000}')
 
 def test_sbatch_says_where_to_submit_it(tmp_path):
     r = sbatch(tmp_path, tmp_path, SLURM_SUBMIT_DIR=str(tmp_path))
