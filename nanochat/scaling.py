@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TOKENS_PER_PARAM', 'MIN_BATCH', 'MAX_BATCH', 'FORGETTING', 'MATRIX_LR', 'scaling_params', 'batch_for', 'decay_for',
-           'lr_multiplier', 'muon_momentum', 'Recipe', 'recipe', 'gpt_config', 'share_of_rank', 'set_schedule',
-           'explain']
+           'lr_multiplier', 'muon_momentum', 'Recipe', 'recipe', 'dial_settings', 'gpt_config', 'share_of_rank',
+           'set_schedule', 'explain']
 
 # %% ../nbs/31_scaling.ipynb #imports
-import difflib, math
+import difflib, json, math, re
 from dataclasses import MISSING, asdict, dataclass, field, fields
 import torch
 
@@ -229,6 +229,22 @@ def recipe(
     extras = dict(window_pattern='L', value_embeds=True, layer_scales=True, smear=True, backout=True, mask_docs=False)
     rates = _rates(shape['n_embd'], steps, o.get('matrix_lr', MATRIX_LR))
     return _sane(Recipe(**{**shape, **extras, **length, **rates, **o, 'by_hand': tuple(sorted(o))}))
+
+# %% ../nbs/31_scaling.ipynb #dial-settings
+def dial_settings(
+    text:str|None, # such as 'head_lr=0.003,mask_docs=true,adam_betas=[0.8,0.95]'
+    flags=(), # names that the command asks for in another way
+) -> dict:
+    "Names and values of `--dial`. UserError for a part that is not name=value, or is one of `flags`; `recipe` looks at the other names"
+    out = {}
+    for part in re.split(r',(?=\s*\w+\s*=)', text) if text else []:
+        name, equal, value = (s.strip() for s in part.partition('='))
+        if not equal or not value: raise UserError(f'--dial {part.strip()!r} is not name=value')
+        if name in flags: raise UserError(f'--dial {name}: not a setting of the dial; use the flag of that name (vocab_size comes from the tokenizer)')
+        try: value = json.loads(value)
+        except ValueError: pass                                # a word, such as SSL
+        out[name] = tuple(value) if isinstance(value, list) else value
+    return out
 
 # %% ../nbs/31_scaling.ipynb #recipe-config
 def gpt_config(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['theory_marks', 'evaluator', 'go_on', 'sampler', 'set_up', 'say_engines', 'peak_memory_mb', 'peak_flops', 'rehearse',
-           'dial_settings', 'base_train', 'main']
+           'base_train', 'main']
 
 # %% ../../nbs/35_base_train.ipynb #imports
-import inspect, json, math, re, shutil, sys, time
+import inspect, math, shutil, sys, time
 from collections import Counter
 from functools import cache, partial
 import torch
@@ -29,7 +29,7 @@ from ..kernels import kernels, pick_kernel
 from ..plan import describe, plan, rate_of, this_device
 from ..precision import pick_precision, set_precision
 from ..record import lock
-from ..scaling import explain, gpt_config, recipe, share_of_rank
+from ..scaling import dial_settings, explain, gpt_config, recipe, share_of_rank
 from ..sharded import make_sharded
 from ..train import start_run, train
 
@@ -140,20 +140,6 @@ def rehearse(r, source, folder, device, precision:str) -> dict: # the plan
     if need > free: raise UserError(f'{folder} has {free/1e9:.1f} GB free, and checkpoints will need {need/1e9:.1f} GB: free some space or set NANOCHAT_BASE_DIR')
     return p
 
-# %% ../../nbs/35_base_train.ipynb #dial-settings
-def dial_settings(
-    text:str|None, # such as 'head_lr=0.003,mask_docs=true,adam_betas=[0.8,0.95]'
-) -> dict:
-    "Names and values of the dial. UserError for a part that is not name=value; `recipe` looks at the names"
-    out = {}
-    for part in re.split(r',(?=\s*\w+\s*=)', text) if text else []:
-        name, equal, value = part.partition('=')
-        if not equal or not value.strip(): raise UserError(f'--dial {part.strip()!r} is not name=value')
-        try: value = json.loads(value)
-        except ValueError: value = value.strip()
-        out[name.strip()] = tuple(value) if isinstance(value, list) else value
-    return out
-
 # %% ../../nbs/35_base_train.ipynb #base-train
 def base_train(
     depth:int=4, data:str='tinyworld', tag:str='tiny', tokenizer:str|None=None, max_len:int=512, eval_every:int=100,
@@ -221,9 +207,7 @@ def main(
 ):
     "Pretrain a model. Run again to go on after an interruption; a finished run is not repeated. Ends with 0 when finished, 1 after a mistake, 130 and 143 when Ctrl-C or SIGTERM stopped it after saving."
     with as_command():
-        dialled = dial_settings(dial)
-        for name in dialled.keys() & {'vocab_size', *inspect.signature(base_train).parameters}:
-            raise UserError(f'--dial {name}: not a setting of the dial; use the flag of that name (vocab_size comes from the tokenizer)')
+        dialled = dial_settings(dial, {'vocab_size', *inspect.signature(base_train).parameters})
         own = dict(tokens=tokens, steps=steps, tokens_per_param=tokens_per_param, flops=flops, batch_tokens=batch_tokens, device_batch=device_batch,
                    matrix_lr=matrix_lr, embedding_lr=embedding_lr)
         return print_result(base_train(depth, data, tag, tokenizer, max_len, eval_every, save_every, seed=seed, device=device, precision=precision,
