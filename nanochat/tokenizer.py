@@ -190,7 +190,7 @@ def encode_naive(tok:Tokenizer, text:str) -> list[int]:
     pieces = [p for part in _parts(_clean(text)) for p in regex.findall(tok.pattern, part)]
     return [tok.ranks[t] for p in pieces for t in merge_parts(tok.ranks, p.encode())]
 
-# %% ../nbs/10_tokenizer.ipynb #train-stream
+# %% ../nbs/10_tokenizer.ipynb #train-chunks
 _CHUNK = 16_384                                     # characters; some thousand of these are in memory at a time
 _JOINT = re.compile('[A-Za-z](?= [A-Za-z])')       # between these two, `PATTERN` cuts in every text
 
@@ -202,6 +202,7 @@ def _chunks(text, size=_CHUNK):
         start = m.end()
     yield text[start:] if start else text
 
+# %% ../nbs/10_tokenizer.ipynb #train-stream
 class _Stream:
     "Texts on their way into the trainer; knows what has passed: documents, characters, bytes, and their hash"
     def __init__(self, texts, pattern):
