@@ -61,7 +61,7 @@ def _run_id(folder):
     first = read_sessions(folder)[:1] or [secrets.token_hex()]
     return hashlib.sha256(json.dumps([str(Path(folder).absolute()), *first]).encode()).hexdigest()[:12]
 
-# %% ../nbs/33_record.ipynb #trackers-three
+# %% ../nbs/33_record.ipynb #trackers-wandb
 def _has_key(wandb):
     "Whether wandb may begin without asking a question in the middle of the training"
     if wandb.setup().settings.mode != 'online': return True
@@ -79,6 +79,7 @@ def _wandb(folder, config, step):
         run.finish(exit_code=0 if result else 1)
     return lambda step, metrics: run.log(dict(metrics, step=step)), finish
 
+# %% ../nbs/33_record.ipynb #trackers-others
 def _trackio(folder, config, step):
     import trackio
     run = trackio.init(project='nanochat', name=f'{_title(folder)}-{_run_id(folder)}', resume='allow', config=config)
@@ -126,6 +127,7 @@ class _Follower:
         except BaseException as e: self.error = e          # a library may raise SystemExit
 
     def put(self, step, values):
+        "Hand `values` over, or with step None the result; what went wrong in the thread is said here, once"
         try: self.error or self.items.put_nowait((step, values))
         except queue.Full: self.error = TimeoutError('it does not keep up')
         if not self.error or self.said: return
@@ -133,6 +135,14 @@ class _Follower:
         why = ' '.join(str(self.error).split()).rstrip('.') or type(self.error).__name__
         if isinstance(self.error, ImportError): why += f' (pip install {self.name})'
         warnings.warn(f'tracker {self.name} failed: {why}. Training goes on, and metrics.jsonl has everything')
+
+# %% ../nbs/33_record.ipynb #trackers-number
+def _number(x):
+    "`x` as a float; None if it is no single number"
+    try:
+        plain = x.item() if hasattr(x, 'item') else x
+        return float(plain) if isinstance(plain, (int, float)) else None
+    except Exception: return None                          # a tensor of several, an int without end: each library has an error of its own
 
 # %% ../nbs/33_record.ipynb #trackers-class
 class Trackers:
@@ -142,9 +152,8 @@ class Trackers:
         if names: atexit.register(self.finish, None, 5)    # an interrupted run hands over what it has
 
     def log(self, step:int, metrics:dict):
-        "Hand numbers over; never waits, never raises"
-        plain = {k: v.item() if hasattr(v, 'item') else v for k, v in metrics.items()}
-        numbers = {k: float(v) for k, v in plain.items() if isinstance(v, (int, float))}
+        "Hand over what is a number, and leave out what is none; never waits, never raises"
+        numbers = {k: n for k, v in metrics.items() if (n := _number(v)) is not None}
         for f in self.followers: f.put(step, numbers)
 
     def finish(self,
@@ -194,10 +203,11 @@ class Run:
         except OSError as e: raise UserError(f'cannot open the run folder {self.folder}: {(e.strerror or str(e)).lower()}') from e
 
     def log(self, step:int, **metrics):
-        "Append one line of measurements at a step. Never stops the run: an error of the disk is warned about once"
+        "Append one line of measurements at a step. An error of the disk or of a tracker never stops the run, and is warned about once. Raises for a value that JSON cannot hold"
         if not self.writes: return
+        line = _line(step, metrics).encode()
         self.trackers.log(step, metrics)
-        try: self._append(_line(step, metrics).encode())
+        try: self._append(line)
         except OSError as e:
             if not self._warned: warnings.warn(f'cannot write {self.metrics_path} ({e.strerror or e}); training goes on without a record')
             self._warned = True

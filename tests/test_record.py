@@ -218,7 +218,7 @@ class Fake(types.SimpleNamespace):
     def use(self, monkeypatch, name):
         monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard' if name == 'tensorboard' else name, getattr(self, name))
 
-def follow(folder, name, n=4, seconds=5.):
+def follow(folder, name, n=4, seconds=60.):
     "Record `n` steps with a tracker; what was warned about"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
@@ -237,6 +237,30 @@ def test_a_tracker_gets_everything(tmp_path, monkeypatch, name):
     assert fake.calls == [('init',), *(('log', i, float(i)) for i in range(4)), ('finish',)]
     assert fake.summary == (dict(bpb=1.) if name == 'wandb' else {})
 
+class Odd:
+    "Asked for its number, it raises"
+    def item(self): raise KeyError('none')
+
+def test_what_is_no_number_is_not_handed_over_and_stops_nothing(tmp_path, monkeypatch):
+    fake = Fake(); fake.use(monkeypatch, 'trackio')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        t = trackers('trackio', tmp_path/'run', {})
+        t.log(0, dict(loss=torch.tensor([2.]), weights=torch.ones(3), nothing=torch.ones(0), odd=Odd(), huge=10**400, text='3', none=None, nested=dict(a=1)))
+        t.log(1, dict(loss=1))
+        t.finish({}, 60)
+    assert fake.calls == [('init',), ('log', 0, 2.), ('log', 1, 1.), ('finish',)]
+
+def test_a_value_that_cannot_be_recorded_reaches_nobody_by_halves(tmp_path, monkeypatch):
+    fake = Fake(); fake.use(monkeypatch, 'trackio')
+    run = Run(tmp_path/'run', {}, 'trackio')
+    run.log(0, loss=1., text='recorded, not tracked', huge=10**400)
+    for bad in (object(), torch.ones(2), {1}):
+        with pytest.raises((TypeError, RuntimeError)): run.log(1, loss=2., bad=bad)
+    run.finish({})
+    assert read_metrics(run.folder) == dict(step=[0], loss=[1.], text=['recorded, not tracked'], huge=[10**400])
+    assert fake.calls == [('init',), ('log', 0, 1.), ('finish',)]
+
 def crash(): raise RuntimeError('the network is gone')
 def leave(): raise SystemExit(3)
 def hang(): threading.Event().wait()
@@ -246,7 +270,7 @@ def hang(): threading.Event().wait()
 @pytest.mark.parametrize('how, says', [(crash, 'the network is gone'), (leave, '3'), (hang, 'did not finish')], ids=['crash', 'exit', 'hang'])
 def test_no_failure_of_a_tracker_stops_the_run(tmp_path, monkeypatch, name, fail, how, says):
     Fake(fail, how).use(monkeypatch, name)
-    said = follow(tmp_path/'base/tiny', name, seconds=.1 if how is hang else 5.)
+    said = follow(tmp_path/'base/tiny', name, seconds=.1 if how is hang else 60.)
     assert len(said) == 1 and says in said[0] and f'tracker {name} failed' in said[0] and 'metrics.jsonl has everything' in said[0]
 
 def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
@@ -261,11 +285,15 @@ def test_wandb_never_asks_a_question(tmp_path, monkeypatch):
     assert len(said) == 1 and 'WANDB_MODE=offline' in said[0] and fake.calls == []
 
 def test_one_that_hangs_does_not_fill_the_memory_or_delay_the_others(tmp_path, monkeypatch):
-    Fake('log', hang).use(monkeypatch, 'wandb')
-    fine = Fake(); fine.use(monkeypatch, 'trackio')
+    fine, done = Fake(), threading.Event(); fine.use(monkeypatch, 'trackio')
+    fine.finish = lambda: (fine.note('finish'), done.set())
+    def until_the_other_is_done():                                                       # were the other one delayed, it would be for ever
+        done.wait()
+        raise RuntimeError
+    Fake('log', until_the_other_is_done).use(monkeypatch, 'wandb')
     real, sizes = record.queue.Queue, iter((20, 10_000))
     monkeypatch.setattr(record.queue, 'Queue', lambda n: real(next(sizes)))
-    said = follow(tmp_path/'run', 'wandb,trackio', n=100, seconds=1)
+    said = follow(tmp_path/'run', 'wandb,trackio', n=100)
     assert len(said) == 1 and 'wandb failed: it does not keep up' in said[0] and len(fine.calls) == 102
 
 def test_a_wrong_name_touches_nothing(run):
@@ -351,7 +379,7 @@ def test_live_plot_in_a_real_kernel(tmp_path):
         def process_message(self, msg, cell, index):
             self.kinds.append(msg['msg_type'])
             return super().process_message(msg, cell, index)
-    Client(nb, timeout=100, kernel_name='python3').execute()
+    Client(nb, timeout=300, startup_timeout=300, kernel_name='python3').execute()
     live, last = (c.outputs for c in nb.cells)
     assert Client.kinds.count('update_display_data') == 3 and len(live) == 1
     assert live[0].data['image/png'] == last[0].data['image/png']
