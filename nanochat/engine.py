@@ -179,10 +179,7 @@ class Engine:
         self.marks = {tok.special(name): name[2:-2] for name in tok.specials}
         self.allowed, self.store = _allowed(tok, model.cfg.vocab_size), PrefixStore(prefix_bytes)
 
-    @property
-    def device(self):
-        "Where the model is now"
-        return next((p.device for p in self.model.parameters()), torch.device('cpu'))
+    device = property(lambda self: next((p.device for p in self.model.parameters()), torch.device('cpu')), doc='Where the model is now.')
 
     def put(self, values, dtype=torch.long):
         "A list as a tensor beside the model, without waiting for the device"
@@ -382,13 +379,13 @@ class Session:
             if r.at == r.stop: self._remember(r.ids[:r.at], self._unread, i, hidden); r.stop = len(r.ids)
         through = [i for i, r in enumerate(readings) if r.at == len(r.ids)]
         which = [i for i in through for _ in readings[i].replies]
-        begun = [(self._unread.select(which), [reply for i in through for reply in readings[i].replies], hidden[self.engine.put(which)])] if which else []
+        begun = [(_pick(self._unread, which), [reply for i in through for reply in readings[i].replies], hidden[self.engine.put(which)])] if which else []
         self._keep_reading([i for i in range(len(readings)) if i not in through])
         return begun
 
     def _remember(self, ids, cache, i, hidden):
         "Store the cache of row i, which holds `ids`, for prompts that begin like it"
-        if self.engine.store.max_bytes: self.engine.store.add(ids, cache.select([i]).resized(len(ids)), hidden[i:i+1].clone())
+        if self.engine.store.max_bytes: self.engine.store.add(ids, _pick(cache, [i]).resized(len(ids)), hidden[i:i+1].clone())
 
     def _begin(self, begun):
         "Join rows whose prompts are read to those that write"
@@ -460,7 +457,12 @@ def _together(caches):
     caches = [c for c in caches if c is not None]
     width = max((c.max_len for c in caches), default=0)
     caches = [c if c.max_len == width else c.resized(width) for c in caches]
-    return type(caches[0]).cat(caches) if caches else None
+    if len(caches) < 2: return caches[0] if caches else None
+    return type(caches[0]).cat(caches)
+
+def _pick(cache, which):
+    "These rows of a cache; if they are all of them, the cache itself"
+    return cache if which == list(range(len(cache.lengths))) else cache.select(which)
 
 # %% ../nbs/40_engine.ipynb #events
 def _events(session, stop):

@@ -573,15 +573,6 @@ class ChatWidget(anywidget.AnyWidget):
         "Write the reply of `turn` again, with token `id` in place `at`, see `Chat.beginning`"
         return self.ask(instead_of=turn, forced=self.chat.beginning(turn, at, id))
 
-    def load(self, path):
-        "Go on with a saved conversation, see `Chat.load`"
-        with self._lock:
-            self._idle()
-            self.chat.load(path)
-            self.xray = {}
-            self._show_settings()
-            self._draw()
-
     def vote(self, turn:int, vote:int):
         "Keep a reader's verdict on a reply; two opposite ones on replies to one question make a training pair"
         with self._lock:
@@ -603,6 +594,15 @@ class ChatWidget(anywidget.AnyWidget):
                 self.turns = [*self._system, *self.turns[shown:]]
             self.chat.sampling = sampling
             self._show_settings()
+
+    def load(self, path):
+        "Go on with a saved conversation, see `Chat.load`"
+        with self._lock:
+            self._idle()
+            self.chat.load(path)
+            self.xray = {}
+            self._show_settings()
+            self._draw()
 
     def stop(self):
         "End the reply after the token that is being computed; what was said is kept"

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest, torch
 from hypothesis import example, given, settings, strategies as st
 from torch.overrides import TorchFunctionMode
+from nanochat.cache import KVCache
 from nanochat.common import UserError
 from nanochat.conversation import render_prompt
 from nanochat.engine import Engine, Sampling, ScriptedModel, _Reply
@@ -152,9 +153,46 @@ def test_what_is_stored_is_never_written_to(models):
         engine = Engine(model, tok, count)
         engine.complete([ids_of('a beginning that is long enough'*2)], Sampling(max_tokens=5))
         stored = {ids: [z.clone() for z in c.k + c.v + [c.last]] for ids, (c, *_) in engine.store._entries.items()}
-        engine.complete([list(ids) + tok.encode(t) for ids in stored for t in ('x', 'yy')], Sampling(max_tokens=20))
+        longer = [list(ids) + tok.encode(t) for ids in stored for t in ('x', 'yy', '')]
+        for group in (longer, *([p] for p in longer)): engine.complete(group, Sampling(max_tokens=20))          # together, and alone
         for ids, (c, *_) in engine.store._entries.items():
             if ids in stored: assert all(torch.equal(a, b) for a, b in zip(c.k + c.v + [c.last], stored[ids]))
+
+@pytest.mark.parametrize('whole', [False, True], ids=['a part', 'all of it'])
+def test_a_hit_is_copied_once(models, monkeypatch, whole):
+    "When it leaves the store, and a second time if there was more to read, for the store. The cache of a lone row is used as it is"
+    for model in models.values():
+        engine, prompt, s, calls = Engine(model, tok, count), ids_of('a beginning that is long enough'), Sampling(max_tokens=6, bias={i: -99. for i in tok.special_ids}), []
+        engine.complete([prompt], Sampling(max_tokens=1))
+        prompt = prompt if whole else prompt + tok.encode(' and more')
+        def counted(name):
+            do = getattr(KVCache, name)
+            return lambda *args: calls.append(name) or do(*args)
+        with monkeypatch.context() as m:
+            for name in ('resized', 'select'): m.setattr(KVCache, name, counted(name))
+            m.setattr(KVCache, 'cat', staticmethod(counted('cat')))
+            session, events = engine.session(), []
+            session.add(prompt, s)
+            while len(events) < 5:
+                events += session.step()
+                if events: mine = {z.data_ptr() for z in session._cache.k + session._cache.v}
+            assert calls == ['resized']*(1 if whole else 2) and not mine & {z.data_ptr() for c, *_ in engine.store._entries.values() for z in c.k + c.v}
+            events += session.step()
+        assert told(events) == naive(model, prompt, s)
+
+def test_a_beginning_is_dropped_while_rows_use_it(models):
+    "Two requests for one beginning, and the store forgets it in the middle"
+    for model in models.values():
+        engine, begin, s = Engine(model, tok, count), 'a beginning that is long enough', Sampling(max_tokens=12)
+        engine.complete([ids_of(begin)], Sampling(max_tokens=1))
+        prompts = [ids_of(begin + t) for t in ('x', 'yy')]
+        session, events = engine.session(), []
+        for p in prompts:
+            session.add(p, s)
+            for _ in range(2): events += session.step()
+            engine.store.clear()
+        while session.busy: events += session.step()
+        for row, p in enumerate(prompts): assert told([e for e in events if e.row == row]) == naive(model, p, s)
 
 def test_the_store_keeps_its_bounds(models):
     one = models['plain'].new_cache(1, 20).nbytes

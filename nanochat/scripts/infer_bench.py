@@ -210,7 +210,7 @@ def validation(tag:str, stage:str, tok, max_len:int, tokens:int=20_000) -> list:
     if not isinstance(data, str) or not (run_dir('data', data)/'manifest.json').exists(): return []
     return [[t.clone() for t in batch[:2]] for batch in val_batches(run_dir('data', data), tok, 8, max_len, tokens)]
 
-# %% ../../nbs/45_infer_bench.ipynb #infer-bench
+# %% ../../nbs/45_infer_bench.ipynb #sizes
 def _sizes(rows, prompt, new, max_len):
     "The batch sizes as ints, after a look at what cannot work"
     try: sizes = [int(r) for r in str(rows).split(',')]
@@ -220,6 +220,7 @@ def _sizes(rows, prompt, new, max_len):
     if prompt + new > max_len: raise UserError(f'--prompt {prompt} and --new {new} are more than the {max_len} tokens that this model reads: lower one of them')
     return sizes
 
+# %% ../../nbs/45_infer_bench.ipynb #infer-bench
 def infer_bench(
     tag:str='tiny', stage:str='sft', step:int|None=None, depth:int|None=None, vocab_size:int=4096, rows:str='1,8,32', prompt:int=128,
     new:int=33, int8:bool=False, device:str='auto', tries:int=3,
