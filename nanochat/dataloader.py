@@ -162,6 +162,7 @@ class Pool:
         self.next = ticket
 
     def _pop(self, q):
+        "Take the oldest piece of queue `q`"
         queue = self.queues[q]
         piece = self.line.pop(queue.popleft())
         self.total -= piece.size
@@ -326,6 +327,28 @@ class _Loader:
         if not rows: raise StopIteration
         return self._batch(rows)
 
+    @property
+    def ledger(self) -> dict:
+        "Where every token went, see `Packer.ledger`; of all processes together"
+        return self.packer.ledger
+
+    def _rows(self):
+        "Pack the next rows of all processes; return those of this one"
+        packer, rows = self.packer, []
+        for r in range(self.world_size*self.B):
+            while self.epoch != self.epochs and not packer.ready(self.buffer): self._read_some()
+            if not packer.pool: break
+            row = packer.row()
+            if r//self.B == self.rank: rows.append(row)
+        return rows
+
+    def _shuffled(self, items):
+        "`items` in the order of this epoch; shuffled once an epoch, not once a row"
+        if self.order[0] != self.epoch:
+            self.order = self.epoch, list(items)
+            random.Random(f'{self.seed}-{self.epoch}').shuffle(self.order[1])
+        return self.order[1]
+
     def place(self) -> Place:
         "The place in the data"
         return Place(self.epoch, self.at, self.packer.ledger, [*self.packer.pool])
@@ -344,31 +367,6 @@ class _Loader:
         self._fetch({p.doc for p in pool})
         self.epoch, self.at, self.packer.pool = state['epoch'], state['at'], pool
         self.packer.counts = {k: n for k, n in state['ledger'].items() if k != 'waiting'}
-
-# %% ../nbs/14_dataloader.ipynb #loader-rows
-@patch
-def _rows(self:_Loader):
-    "Pack the next rows of all processes; return those of this one"
-    packer, rows = self.packer, []
-    for r in range(self.world_size*self.B):
-        while self.epoch != self.epochs and not packer.ready(self.buffer): self._read_some()
-        if not packer.pool: break
-        row = packer.row()
-        if r//self.B == self.rank: rows.append(row)
-    return rows
-
-@patch
-def _shuffled(self:_Loader, items):
-    "`items` in the order of this epoch; shuffled once an epoch, not once a row"
-    if self.order[0] != self.epoch:
-        self.order = self.epoch, list(items)
-        random.Random(f'{self.seed}-{self.epoch}').shuffle(self.order[1])
-    return self.order[1]
-
-@patch(as_prop=True)
-def ledger(self:_Loader) -> dict:
-    "Where every token went, see `Packer.ledger`; of all processes together"
-    return self.packer.ledger
 
 # %% ../nbs/14_dataloader.ipynb #pretrain-loader
 class PretrainLoader(_Loader):

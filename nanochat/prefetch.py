@@ -97,13 +97,6 @@ class Prefetch:
 
     def __iter__(self): return self
 
-    def _start(self):
-        hand = (_Pinned if self.device.type=='cuda' else _Plain)(self.device)     # never compare a device with 'cuda': cuda:0 is not equal to it
-        self.hand, self.box = hand, _Mailbox(self.ahead)
-        thread = threading.Thread(target=_work, args=(self.loader, hand, self.box), name='prefetch', daemon=True)
-        self.stop = weakref.finalize(self, _end, self.box, thread)           # also when the program ends
-        thread.start()
-
     def __next__(self) -> Batch:
         if self.ended: raise self.ended
         if self.box is None: self._start()
@@ -112,37 +105,41 @@ class Prefetch:
         self.now = place
         return self.hand.receive(sent)
 
+    @property
+    def ledger(self) -> dict:
+        "The ledger behind the batch last taken"
+        return self.now.ledger
+
+    def _start(self):
+        "Begin to make batches"
+        hand = (_Pinned if self.device.type=='cuda' else _Plain)(self.device)     # never compare a device with 'cuda': cuda:0 is not equal to it
+        self.hand, self.box = hand, _Mailbox(self.ahead)
+        thread = threading.Thread(target=_work, args=(self.loader, hand, self.box), name='prefetch', daemon=True)
+        self.stop = weakref.finalize(self, _end, self.box, thread)           # also when the program ends
+        thread.start()
+
+    def close(self):
+        "End the thread and go back to the batch last taken; the next batch starts it again"
+        if self.box is None: return
+        state, self.box, self.ended = self.state_dict(), None, None
+        self.stop()
+        self.loader.load_state_dict(state)
+
+    def state_dict(self) -> dict:
+        "The place behind the batch last taken, whatever the thread has made since"
+        return self.loader.state_dict(self.now)
+
+    def load_state_dict(self, state:dict):
+        "Go to the place of `state`"
+        if self.box is not None: self.stop(); self.box = None
+        self.loader.load_state_dict(state)
+        self.now, self.ended = self.loader.place(), None
+
 # %% ../nbs/14a_prefetch.ipynb #prefetch-end
 def _end(box, thread, current=threading.current_thread):       # bound here: at the end of a program globals may be gone
     "Stop the thread and wait until it has"
     box.close()
     if thread is not current() and thread.is_alive(): thread.join(60)
-
-# %% ../nbs/14a_prefetch.ipynb #prefetch-state
-@patch
-def close(self:Prefetch):
-    "End the thread and go back to the batch last taken; the next batch starts it again"
-    if self.box is None: return
-    state, self.box, self.ended = self.state_dict(), None, None
-    self.stop()
-    self.loader.load_state_dict(state)
-
-@patch
-def state_dict(self:Prefetch) -> dict:
-    "The place behind the batch last taken, whatever the thread has made since"
-    return self.loader.state_dict(self.now)
-
-@patch
-def load_state_dict(self:Prefetch, state:dict):
-    "Go to the place of `state`"
-    if self.box is not None: self.stop(); self.box = None
-    self.loader.load_state_dict(state)
-    self.now, self.ended = self.loader.place(), None
-
-@patch(as_prop=True)
-def ledger(self:Prefetch) -> dict:
-    "The ledger behind the batch last taken"
-    return self.now.ledger
 
 # %% ../nbs/14a_prefetch.ipynb #prefetch-fn
 def prefetch(
