@@ -9,7 +9,7 @@ __all__ = ['PARTS', 'ROOM', 'DEVICES', 'SHORT', 'PRICE_SOURCE', 'PRICES', 'BYTES
            'data_need', 'rate_of', 'step_seconds', 'probe', 'plan', 'describe']
 
 # %% ../nbs/31b_plan.ipynb #imports
-import difflib, functools, math, os, re, time
+import difflib, functools, json, math, os, re, shlex, time
 from collections import Counter
 from typing import NamedTuple
 import torch
@@ -487,43 +487,40 @@ def _cost(cfg, r, device, gpus, precision, price, share, measured):
 # %% ../nbs/31b_plan.ipynb #commands
 _FLAGS = ('tokens', 'steps', 'tokens_per_param', 'flops', 'batch_tokens', 'matrix_lr', 'embedding_lr')      # numbers of a recipe that base_train takes
 
+def _wished(wishes):
+    "The flags of base_train that say the same: those of `_FLAGS`, and --dial for what has no flag"
+    dial = ','.join(f'{k}={v if isinstance(v, str) else json.dumps(v)}' for k, v in wishes.items() if k not in _FLAGS)
+    return [*(f'--{k.replace("_", "-")} {wishes[k]}' for k in _FLAGS if k in wishes), *([f'--dial {shlex.quote(dial)}'] if dial else [])]
+
 def _commands(r, data, gpus, precision, tag, shards, wishes):
     "What to type, in order"
     python = 'python -m nanochat.scripts'
     fetch = [f'{python}.data fetch --source {data} --shards {shards}'] if shards else []
     prepare = [f'{python}.data prepare --source {data}'] if shards or data == 'tinyworld' else []
-    flags = ' '.join(f'--{k.replace("_", "-")} {wishes[k]}' for k in _FLAGS if k in wishes)
     start = f'torchrun --standalone --nproc-per-node {gpus} -m nanochat.scripts' if gpus > 1 else python
-    train = f'{start}.base_train --depth {r.depth} --data {data} --tag {tag} --max-len {r.max_len} {flags} --device-batch {r.device_batch} --precision {precision}'
-    return [*fetch, *prepare, f'{python}.tok_train --data {data} --tag {tag} --vocab-size {r.vocab_size}', ' '.join(train.split())]
+    train = [f'{start}.base_train --depth {r.depth} --data {data} --tag {tag} --max-len {r.max_len}', *_wished(wishes),
+             f'--device-batch {r.device_batch} --precision {precision}']
+    return [*fetch, *prepare, f'{python}.tok_train --data {data} --tag {tag} --vocab-size {r.vocab_size}', ' '.join(train)]
 
 # %% ../nbs/31b_plan.ipynb #notes
-def _notes(device, gpus, data, asked, text, wishes):
+def _notes(device, gpus, data, asked, text):
     "What a reader should know beside the numbers"
-    odd = [k for k in wishes if k not in _FLAGS]
     notes = {f'the time for {gpus} GPUs leaves out what they say to each other': gpus > 1,
              f'{device.name} has no bf16: --precision fp16 multiplies {(device.fp16 or 0)/(device.fp32 or 1):.0f} times as fast as fp32': asked == 'auto' and device.fp16 and not device.bf16,
              f'the text of {data} is read {text["epochs"] or 0:.1f} times': (text['epochs'] or 0) > 1.05,
-             f'there is no folder {data} yet: prepare it before': text['epochs'] is None and data != 'tinyworld',
-             f'base_train has no flag for {", ".join(odd)}: pass --dial {",".join(f"{k}={wishes[k]}" for k in odd)}': odd}
+             f'there is no folder {data} yet: prepare it before': text['epochs'] is None and data != 'tinyworld'}
     return [note for note, holds in notes.items() if holds]
 
 # %% ../nbs/31b_plan.ipynb #possible
 def _possible(**numbers):
     "One sentence for a number that cannot be"
     for name, n in numbers.items():
-        least, most = {'gpus': (1, 10**6), 'device_batch': (1, 10**6), 'efficiency': (0.001, 1), 'price': (0, 10**6)}.get(name, (0.1, 100))
+        least, most = {'gpus': (1, 10**6), 'efficiency': (0.001, 1), 'price': (0, 10**6)}.get(name, (0.1, 100))
         if n is not None and not least <= n <= most: raise UserError(f'--{name.replace("_", "-")} must lie between {least} and {most:,}, and is {n}')
 
 # %% ../nbs/31b_plan.ipynb #plan
 def plan(
-    depth:int,
-    device:Device,
-    gpus:int=1,
-    data:str='climbmix',
-    precision:str='auto',
-    max_len:int=2048,
-    vocab_size:int=32_768,
+    depth:int, device:Device, gpus:int=1, data:str='climbmix', precision:str='auto', max_len:int=2048, vocab_size:int=32_768,
     *, device_batch:int|None=None, # rows at a time; None: the most that fit
     price:float|None=None, # dollars for a GPU and an hour; None: as in `PRICES`
     efficiency:float|None=None, # share of the peak; None: `EFFICIENCY`
@@ -533,16 +530,16 @@ def plan(
     **overrides, # tokens, steps or tokens_per_param, and every number of the Recipe
 ) -> dict: # plain values
     "What a run needs and costs"
-    _possible(gpus=gpus, device_batch=device_batch, efficiency=efficiency, bytes_per_token=bytes_per_token, price=price)
+    _possible(gpus=gpus, efficiency=efficiency, bytes_per_token=bytes_per_token, price=price)
     wishes = {k: v for k, v in overrides.items() if v is not None}
-    asked, precision, r = precision, _precision(precision, device), recipe(depth, vocab_size, max_len, **wishes)
+    asked, precision, r = precision, _precision(precision, device), recipe(depth, vocab_size, max_len, device_batch=device_batch, **wishes)
     cfg, rows = gpt_config(r), _rows_of(r, gpus)
     device_batch, fit = _micro_batch(cfg, r, rows, device, gpus, precision, device_batch)
     r, accum = recipe(depth, vocab_size, max_len, device_batch=device_batch, **wishes), rows//device_batch
     text = data_need(data, r.tokens, bytes_per_token)
     return {**_counts(cfg, r), **_place(cfg, device, gpus, precision, device_batch, accum, fit),
             **_cost(cfg, r, device, gpus, precision, price, efficiency, measured), 'data': data, **text,
-            'notes': _notes(device, gpus, data, asked, text, wishes), 'commands': _commands(r, data, gpus, precision, tag or f'd{depth}', text['shards'], wishes)}
+            'notes': _notes(device, gpus, data, asked, text), 'commands': _commands(r, data, gpus, precision, tag or f'd{depth}', text['shards'], wishes)}
 
 # %% ../nbs/31b_plan.ipynb #describe
 def _n(x):

@@ -32,8 +32,8 @@ horizon=()
 if [ -n "$tokens_per_param" ]; then horizon=(--tokens-per-param "$tokens_per_param"); fi
 
 largest="$(tr ' ' '\n' <<< "$depths" | sort -n | tail -n 1)"
-needs="$("$PYTHON" -m nanochat.scripts.plan --depth "$largest" --data "$data" --vocab-size "$vocab" --max-len "$max_len" "${horizon[@]}")" ||
-    die "--depths '$depths': there is no plan for the largest, see the line above"
+needs="$("$PYTHON" -m nanochat.scripts.plan --depth "$largest" --data "$data" --vocab-size "$vocab" --max-len "$max_len" \
+    "${horizon[@]}" "${dial[@]}")" || die "--depths '$depths': there is no plan for the largest, see the line above"
 fetch_text "$(number "$needs" shards)"
 for depth in $depths; do member "$tag-d$depth" "$depth" "${horizon[@]}"; done
 stage "series" laws --series "$tag"

@@ -16,7 +16,7 @@ from nanochat.optim import make_optimizer
 from nanochat.plan import (DEVICES, PRICES, ROOM, SHORT, Device, activations, count_params, data_need, describe, find_device, matmul_rate, memory,
                            meta_model, moments, plan, probe, rows_that_fit, step_seconds)
 from nanochat.precision import set_precision
-from nanochat.scaling import gpt_config, recipe, scaling_params, set_schedule
+from nanochat.scaling import dial_settings, gpt_config, recipe, scaling_params, set_schedule
 from nanochat.train import train_step
 from conftest import ROOT, result, script
 
@@ -264,9 +264,9 @@ def test_plan_agrees_with_itself():
 
 def test_plan_refuses_with_a_sentence():
     h100 = find_device('h100')
-    for wrong, why in ((dict(gpus=0), '--gpus must lie'), (dict(gpus=3), 'does not divide'), (dict(device_batch=3), 'does not divide'), (dict(tokens=5, steps=5), 'Give one'),
+    for wrong, why in ((dict(gpus=0), '--gpus must lie'), (dict(gpus=3), 'does not divide'), (dict(batch_tokens=16_384, gpus=4, device_batch=4), 'does not divide'), (dict(batch_tokens=16_384, device_batch=3), 'does not divide'), (dict(tokens=5, steps=5), 'Give one'),
                        (dict(efficiency=40.), '--efficiency'), (dict(efficiency=0.), '--efficiency'), (dict(price=-1.), '--price'), (dict(bytes_per_token=0.), '--bytes-per-token'),
-                       (dict(device_batch=0), '--device-batch'), (dict(depht=3), 'did you mean depth')):
+                       (dict(device_batch=0), 'device_batch must be a whole number'), (dict(depht=3), 'did you mean depth')):
         with pytest.raises(UserError, match=why): plan(**{**dict(depth=4, device=h100), **wrong})
 
 def test_data_need(tmp_path, monkeypatch):
@@ -283,7 +283,8 @@ def test_data_need(tmp_path, monkeypatch):
         else:
             with pytest.raises(UserError, match='no text for pretraining'): data_need('mine', 200)
 
-@pytest.mark.parametrize('wishes', [{}, dict(tokens=10**7), dict(steps=123), dict(tokens_per_param=3.), dict(flops=1e15), dict(batch_tokens=65_536, steps=50), dict(matrix_lr=0.01)])
+@pytest.mark.parametrize('wishes', [{}, dict(tokens=10**7), dict(steps=123), dict(tokens_per_param=3.), dict(flops=1e15), dict(batch_tokens=65_536, steps=50), dict(matrix_lr=0.01),
+                                    dict(device_batch=3), dict(head_dim=128, n_kv_head=2, window_pattern='SSL', mask_docs=True, adam_betas=(.7, .9))])
 def test_the_command_trains_what_was_planned(wishes):
     "base_train takes every flag, and its recipe is the one of the plan"
     from nanochat.scripts import base_train
@@ -293,8 +294,9 @@ def test_the_command_trains_what_was_planned(wishes):
     got, odd = anno_parser(base_train.main).parse_known_args(words[3:])
     assert not odd and (got.precision, got.device_batch) == (p['precision'], p['device_batch'])
     r = recipe(got.depth, 4096, got.max_len, tokens=got.tokens, steps=got.steps, tokens_per_param=got.tokens_per_param, flops=got.flops,
-               batch_tokens=got.batch_tokens, device_batch=got.device_batch, matrix_lr=got.matrix_lr)
+               batch_tokens=got.batch_tokens, device_batch=got.device_batch, matrix_lr=got.matrix_lr, **dial_settings(got.dial))
     assert (r.tokens, r.steps, r.batch_tokens, r.grad_accum) == (p['tokens'], p['steps'], p['batch_tokens'], p['grad_accum'])
+    assert count_params(gpt_config(r)) == p['parameters'] and all(getattr(r, k) == v for k, v in wishes.items() if k in r.by_hand)
 
 def test_the_other_commands_parse():
     from nanochat.scripts import data, tok_train
@@ -347,6 +349,25 @@ def test_command_line(tmp_path):
     p = result(r)
     assert p['device'] == 'NVIDIA L40S' and p['dollars'] == pytest.approx(p['hours']) and p['commands'][-1] in r.stdout
     assert not list(tmp_path.iterdir())                                                       # a plan writes nothing
+
+def test_the_dial_of_the_command(tmp_path):
+    "The plan is of the model that base_train would make with the same flags"
+    dial = 'head_dim=128,window_pattern=SSL,adam_betas=[0.7,0.9],device_batch=3'
+    p = result(script('plan', '--depth', 4, '--device', 'h100', '--dial', dial, base=tmp_path))
+    r = recipe(4, p['vocab_size'], 2048, **dial_settings(dial))
+    assert (p['width'], p['parameters'], p['tokens'], p['batch_tokens']) == (512, count_params(gpt_config(r)), r.tokens, r.batch_tokens)
+    words = shlex.split(p['commands'][-1])
+    assert p['shards'] == data_need('climbmix', r.tokens)['shards']
+    assert dial_settings(words[words.index('--dial') + 1]) == dial_settings('head_dim=128,window_pattern=SSL,adam_betas=[0.7,0.9]')
+
+@pytest.mark.parametrize('dial, says', [('clip=1', "no setting 'clip': did you mean clip_norm?"), ('deep', "'deep' is not name=value"), ('depth=6', '--dial depth: not a setting of the dial'),
+    ('price=2', '--dial price: not a setting'), ('tag=x', '--dial tag: not a setting'), ('device_batch=few', "device_batch must be a whole number from 1 up, not 'few'")])
+def test_a_wrong_dial_is_one_sentence(dial, says, monkeypatch, capsys):
+    from nanochat.scripts.plan import main
+    monkeypatch.setenv('NANOCHAT_COMMAND', '1')
+    with pytest.raises(SystemExit) as e: main(depth=1, device='h100', dial=dial)
+    said = capsys.readouterr().err
+    assert e.value.code == 1 and said.startswith('error: ') and said.count('\n') == 1 and says in said
 
 def test_errors_of_the_command(monkeypatch, capsys):
     from nanochat.scripts.plan import main

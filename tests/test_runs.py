@@ -107,6 +107,13 @@ def test_a_large_series_in_its_own_words(name, args, runs, tmp_path):
     trained = lines[4:-1]
     assert [re.search(r'--tag (\S+)', line)[1] for line in trained] == runs and all('--dial head_dim=64' in line and '--compiled' in line for line in trained)
 
+def test_a_series_fetches_text_for_the_model_that_the_dial_makes(tmp_path):
+    "Heads sixteen times as wide: a model of 0.9 billion parameters, not of ten million"
+    from nanochat.plan import find_device, plan
+    lines = commands('miniseries.sh', '--gpus', 2, '--depths', '4', '--dial', 'head_dim=1024', folder=tmp_path)
+    need = plan(4, find_device('h100'), head_dim=1024)['shards']
+    assert need > 100 and [re.search(r'--shards (\d+)', line)[1] for line in lines[:2]] == [str(need)]*2
+
 # ------------------------------------------------------------------------------------------------ executed
 def stages(r): return [line[3:] for line in r.stdout.splitlines() if line.startswith('== ')]
 

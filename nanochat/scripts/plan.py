@@ -6,10 +6,11 @@
 __all__ = ['choose_device', 'run_plan', 'main']
 
 # %% ../../nbs/31c_plan_script.ipynb #imports
+import inspect
 from fastcore.script import call_parse
 from ..common import UserError, as_command, pick_device, print_result, single_process
 from ..plan import BYTES_PER_TOKEN, Device, describe, find_device, near_names, plan, probe, this_device
-from ..scaling import recipe
+from ..scaling import dial_settings, recipe
 from ..tokenizer import vocab_for_depth
 
 # %% ../../nbs/31c_plan_script.ipynb #device
@@ -24,6 +25,17 @@ def choose_device(
         near = near_names(name)
         print(f'{name} is not in the table of devices: memory and time are unknown' + (f'; did you mean {", ".join(near)}?' if near else ''))
     return device
+
+# %% ../../nbs/31c_plan_script.ipynb #probe-run
+def _probe(p, device, wishes):
+    "Seconds of a step of the planned run, from 20 steps here; several GPUs are taken to share its micro-batches evenly"
+    if device not in _HERE: raise UserError(f'--probe measures this machine: run it there, without --device {device}')
+    if p['fits'] is False: raise UserError('--probe: the batch of this run does not fit; pass a smaller --device-batch or --depth')
+    for name in ('price', 'efficiency', 'bytes_per_token', 'tag'): wishes = {k: v for k, v in wishes.items() if k != name}
+    r = recipe(p['depth'], p['vocab_size'], p['max_len'], **{**wishes, 'device_batch': p['device_batch']})
+    print(f"probe: 20 steps of {p['device_batch']} rows of {p['max_len']} tokens", flush=True)
+    got = probe(r, pick_device(device), p['precision'])
+    return {**got, 'seconds_per_step': p['grad_accum']*got['micro_seconds'] + got['update_seconds']}
 
 # %% ../../nbs/31c_plan_script.ipynb #run-plan
 def run_plan(
@@ -42,17 +54,9 @@ def run_plan(
     print(describe(p))
     return p
 
-def _probe(p, device, wishes):
-    "Seconds of a step of the planned run, from 20 steps here; several GPUs are taken to share its micro-batches evenly"
-    if device not in _HERE: raise UserError(f'--probe measures this machine: run it there, without --device {device}')
-    if p['fits'] is False: raise UserError('--probe: the batch of this run does not fit; pass a smaller --device-batch or --depth')
-    for name in ('price', 'efficiency', 'bytes_per_token', 'tag'): wishes = {k: v for k, v in wishes.items() if k != name}
-    r = recipe(p['depth'], p['vocab_size'], p['max_len'], **{**wishes, 'device_batch': p['device_batch']})
-    print(f"probe: 20 steps of {p['device_batch']} rows of {p['max_len']} tokens", flush=True)
-    got = probe(r, pick_device(device), p['precision'])
-    return {**got, 'seconds_per_step': p['grad_accum']*got['micro_seconds'] + got['update_seconds']}
-
 # %% ../../nbs/31c_plan_script.ipynb #main
+_NAMED = {*inspect.signature(run_plan).parameters, *inspect.signature(plan).parameters} - {'device_batch'}     # no settings of the dial
+
 @call_parse
 def main(
     depth:int=4, # layers of the transformer; width, batch, rates and length follow from it
@@ -68,6 +72,7 @@ def main(
     flops:float|None=None, # length of the run in operations, such as 1e18
     batch_tokens:int|None=None, # tokens of one step
     device_batch:int|None=None, # rows at a time; the most that fit if it is not given
+    dial:str|None=None, # any other number of the recipe, as for base_train: head_dim=128,mask_docs=true
     price:float|None=None, # dollars for a GPU and an hour
     efficiency:float|None=None, # share of the chip's peak that training reaches, such as 0.5
     bytes_per_token:float=BYTES_PER_TOKEN, # of the tokenizer on this text
@@ -76,6 +81,6 @@ def main(
 ):
     "What a run will need and cost: parameters, memory, tokens, shards, hours, dollars, and the commands. Nothing is trained or written."
     with as_command():
-        return print_result(run_plan(depth, device, gpus, data, precision, max_len, vocab_size, probe, tokens=tokens, steps=steps,
-            tokens_per_param=tokens_per_param, flops=flops, batch_tokens=batch_tokens, device_batch=device_batch, price=price, efficiency=efficiency,
-            bytes_per_token=bytes_per_token, tag=tag))
+        own = dict(tokens=tokens, steps=steps, tokens_per_param=tokens_per_param, flops=flops, batch_tokens=batch_tokens, device_batch=device_batch,
+                   price=price, efficiency=efficiency, bytes_per_token=bytes_per_token, tag=tag)
+        return print_result(run_plan(depth, device, gpus, data, precision, max_len, vocab_size, probe, **{**own, **dial_settings(dial, _NAMED)}))
