@@ -8,10 +8,11 @@ from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import make_optimizer
 from nanochat.precision import set_precision
-from nanochat.record import Run, read_result
+from nanochat.record import Run, read_metrics, read_result, series
 from nanochat.scaling import recipe, share_of_rank
-from nanochat.scripts.base_train import base_train, rehearse
+from nanochat.scripts.base_train import base_train, evaluator, rehearse
 from nanochat.scripts.chat_sft import chat_sft
+from nanochat.tokenizer import Tokenizer
 from nanochat.train import Loop, cut
 
 def test_a_dry_run_plans_and_writes_nothing(micro):
@@ -34,12 +35,12 @@ def test_a_dry_run_of_several_processes_plans_the_rows_of_one(micro, monkeypatch
 KEPT = dict(depth=1, max_len=64, steps=4, batch_tokens=1024, data='micro', tag='micro', eval_tokens=500, device='cpu')
 
 @pytest.mark.parametrize('world, change, says', [(1, dict(attention='nonsense'), '--attention nonsense is no kernel'), (1, dict(attention='varlen'), 'needs a CUDA device'),
-    (3, {}, 'cannot be divided among 3 processes')])
+    (1, dict(eval_tokens=0), '--eval-tokens 0 is no whole number'), (3, {}, 'cannot be divided among 3 processes')])
 def test_what_force_cannot_replace_is_not_thrown_away(micro, monkeypatch, world, change, says):
     monkeypatch.setenv('NANOCHAT_BASE_DIR', str(micro))
     before = base_train(**KEPT)
     for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=world).items(): monkeypatch.setenv(name, str(value))
-    with pytest.raises(UserError, match=says): base_train(**KEPT, force=True, **change)
+    with pytest.raises(UserError, match=says): base_train(**{**KEPT, **change}, force=True)
     assert read_result(micro/'base'/'micro') == before
 
 def test_what_force_cannot_fine_tune_is_not_thrown_away(micro, monkeypatch):
@@ -58,10 +59,56 @@ def test_a_dry_run_finds_damaged_data(micro, tmp_path):
     assert out.returncode == 1 and shard.name in out.stderr and 'damaged' in out.stderr
 
 @pytest.mark.parametrize('flags, says', [(['--precision', 'bf16'], '--precision bf16 is not native on cpu: choose auto or one of fp32'),
-    (['--attention', 'varlen'], 'needs a CUDA device'), (['--on-bad', 'pray'], '--on-bad pray is none of skip, stop, rollback')])
-def test_what_this_machine_cannot_do_is_said(micro, flags, says):
+    (['--attention', 'varlen'], 'needs a CUDA device'), (['--on-bad', 'pray'], '--on-bad pray is none of skip, stop, rollback'),
+    (['--eval-tokens', '0'], '--eval-tokens 0 is no whole number of 1 or more')])
+def test_what_cannot_be_is_said_before_anything_is_written(micro, flags, says):
     out = script('base_train', *MICRO, '--tag', 'odd', '--device', 'cpu', *flags, base=micro)
     assert out.returncode == 1 and says in out.stderr and 'Traceback' not in out.stderr
+    assert not list(micro.glob('base/*odd*'))                                # no folder, and no lock beside it
+
+# --- the tokens of a validation
+
+def test_the_tokens_of_a_validation_do_not_depend_on_rows_or_processes(micro, monkeypatch):
+    "The first of the split, the same at every step, ten times as many at the last one; the processes share them"
+    monkeypatch.setenv('NANOCHAT_BASE_DIR', str(micro))
+    source, tok = run_dir('data', 'micro'), Tokenizer.load(run_dir('tokenizer', 'micro'))
+    rows = []
+    def note(model, batches, sizes):
+        for b in batches: rows.extend(torch.cat([b.inputs, b.targets], 1).tolist())
+        return dict(bpb=1., nats=1., tokens=300)
+    monkeypatch.setattr('nanochat.scripts.base_train.bits_per_byte', note)
+    def seen(step, world=1, B=8):
+        rows.clear()
+        for rank in range(world):
+            for name, value in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world).items(): monkeypatch.setenv(name, str(value))
+            evaluator(None, source, tok, recipe(1, tok.n_vocab, 64, steps=9, device_batch=B), 300)(step)
+        return sorted(rows)
+    first, last = seen(1), seen(9)
+    graded = lambda rows: sum(t >= 0 for row in rows for t in row[64:])
+    assert (graded(first), graded(last)) == (300, 3000)
+    for world, B in ((1, 1), (2, 8), (3, 2), (4, 64)): assert (seen(1, world, B), seen(5, world, B), seen(9, world, B)) == (first, first, last)
+
+def test_the_tokens_of_a_validation_stay_with_a_run(micro, monkeypatch):
+    "Interrupted and gone on with, it measures what a run that nobody disturbed measures; another number is refused"
+    monkeypatch.setenv('NANOCHAT_BASE_DIR', str(micro))
+    asked = dict(KEPT, tokenizer='micro', steps=6, eval_tokens=300, eval_every=2, save_every=2)
+    def stop(step, metrics):
+        if step == 5: raise ZeroDivisionError
+    straight = base_train(**{**asked, 'tag': 'measured'})
+    with pytest.raises(ZeroDivisionError): base_train(**{**asked, 'tag': 'measured2'}, on_step=stop)
+    with pytest.raises(UserError, match='eval_tokens was 300, now 400'): base_train(**{**asked, 'tag': 'measured2', 'eval_tokens': 400})
+    again = base_train(**{**asked, 'tag': 'measured2'})
+    a, b = (series(read_metrics(micro/'base'/tag), 'val_bpb') for tag in ('measured', 'measured2'))
+    assert a == b and a[0] == [2, 4, 6] and again['val_bpb'] == straight['val_bpb'] == a[1][-1]
+    assert json.loads((micro/'base/measured/config.json').read_text())['eval_tokens'] == 300
+
+def test_a_validation_split_that_is_too_small_is_read_whole_and_said(micro, monkeypatch, capsys):
+    monkeypatch.setenv('NANOCHAT_BASE_DIR', str(micro))
+    whole = base_train(**{**KEPT, 'tokenizer': 'micro', 'tag': 'whole', 'eval_every': 2, 'eval_tokens': 10**6})
+    said = [line for line in capsys.readouterr().err.splitlines() if 'fewer than --eval-tokens 1,000,000: all are read' in line]
+    assert len(said) == 1 and len(set(series(read_metrics(micro/'base/whole'), 'val_bpb')[1])) == 2
+    assert base_train(**{**KEPT, 'tokenizer': 'micro', 'tag': 'tenfold', 'eval_tokens': 1000})['val_bpb'] == whole['val_bpb']       # ten times 1000 is more than there is
+    assert 'fewer than' not in capsys.readouterr().err
 
 def test_the_result_says_what_computed(micro):
     out = result(script('base_train', *MICRO, '--tag', 'said', base=micro))
@@ -121,7 +168,7 @@ def test_every_number_of_the_dial_and_every_look_from_the_command_line(micro):
     assert set(asked['by_hand']) >= {'mask_docs', 'clip_norm', 'adam_betas'}
     lines = [json.loads(line) for line in (micro/'base'/'dialled'/'metrics.jsonl').read_text().splitlines()]
     assert [r['step'] for r in lines if 'samples' in r] == [15, 30, 40] and out['samples'] == lines[-1]['samples'] and len(out['samples']) == 3
-    assert all(0 <= r['data_seconds'] < 1 for r in lines if 'loss' in r)
+    assert all(0 <= r['data_seconds'] * r['tokens_per_s'] <= 1024 for r in lines if 'loss' in r)           # waiting is a share of the step
     assert len(list((micro/'base'/'dialled'/'checkpoints').glob('step-*'))) == 8
 
 @pytest.mark.parametrize('flags, says', [(['--dial', 'clip=1'], "no setting 'clip': did you mean clip_norm?"), (['--dial', 'deep'], "'deep' is not name=value"),

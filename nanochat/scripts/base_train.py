@@ -52,11 +52,16 @@ def theory_marks(
 
 # %% ../../nbs/35_base_train.ipynb #evaluator
 def evaluator(model, source, tok, r, eval_tokens:int):
-    "step → validation bits per byte and nats per token; ten times as many tokens at the last step."
-    sizes = torch.as_tensor(tok.token_bytes())
+    "step → bits per byte and nats per token of the first `eval_tokens` of the validation split; ten times as many at the last step."
+    sizes, (rank, _, world) = torch.as_tensor(tok.token_bytes()), ranks()
+    said = rank > 0                                                     # one process says it, once
     def evaluate(step):
+        nonlocal said
         n = eval_tokens * (10 if step >= r.steps else 1)
-        out = bits_per_byte(model, val_batches(source, tok, r.device_batch, r.max_len, n, rank=ranks().rank, world_size=ranks().world_size), sizes)
+        out = bits_per_byte(model, val_batches(source, tok, r.device_batch, r.max_len, n, rank=rank, world_size=world), sizes)
+        if out['tokens'] < eval_tokens and not said:
+            tqdm.write(f'  the validation split has {out["tokens"]:,} tokens, fewer than --eval-tokens {eval_tokens:,}: all are read', file=sys.stderr)
+            said = True
         return dict(val_bpb=out['bpb'], val_loss=out['nats'] / out['tokens'])
     return evaluate
 
@@ -140,6 +145,19 @@ def rehearse(r, source, folder, device, precision:str) -> dict: # the plan
     if need > free: raise UserError(f'{folder} has {free/1e9:.1f} GB free, and checkpoints will need {need/1e9:.1f} GB: free some space or set NANOCHAT_BASE_DIR')
     return p
 
+# %% ../../nbs/35_base_train.ipynb #base-train-asked
+def _asked(depth, data, tokenizer, max_len, eval_tokens, seed, device, precision, attention, on_bad, overrides) -> tuple: # recipe, tokenizer, config
+    "What a run is asked to be, for its `config.json`. UserError for all that would refuse it later"
+    tok, source = Tokenizer.load(run_dir('tokenizer', tokenizer)), run_dir('data', data)
+    read_manifest(source)
+    r, precision = recipe(depth, tok.n_vocab, max_len, **overrides), pick_precision(precision, device)
+    if on_bad not in ('skip', 'stop', 'rollback'): raise UserError(f'--on-bad {on_bad} is none of skip, stop, rollback')
+    if not isinstance(eval_tokens, int) or eval_tokens < 1: raise UserError(f'--eval-tokens {eval_tokens} is no whole number of 1 or more')
+    share_of_rank(r, ranks().world_size)
+    pick_kernel(attention, device, torch.float32 if precision == 'fp32' else torch.bfloat16)
+    return r, tok, dict(recipe=r.to_dict(), data=data, data_sha256=sha256_file(source/'manifest.json'), tokenizer=tok.hash,
+                        eval_tokens=eval_tokens, seed=seed, precision=precision)
+
 # %% ../../nbs/35_base_train.ipynb #base-train
 def base_train(
     depth:int=4, data:str='tinyworld', tag:str='tiny', tokenizer:str|None=None, max_len:int=512, eval_every:int=100,
@@ -151,19 +169,12 @@ def base_train(
 ) -> dict: # the result, as it stands in result.json
     "Pretrain a model of `depth` layers on the train split of a data folder."
     device, source, tok_tag = pick_device(device), run_dir('data', data), tokenizer or tag
-    tok, manifest = Tokenizer.load(run_dir('tokenizer', tok_tag)), read_manifest(source)
-    r, precision = recipe(depth, tok.n_vocab, max_len, **overrides), pick_precision(precision, device)
-    config = dict(recipe=r.to_dict(), data=data, data_sha256=sha256_file(source/'manifest.json'), tokenizer=tok.hash,
-                  eval_tokens=eval_tokens, seed=seed, precision=precision)
-    if on_bad not in ('skip', 'stop', 'rollback'): raise UserError(f'--on-bad {on_bad} is none of skip, stop, rollback')
-    if force or dry_run:                                                 # what would refuse the run later does so before the old one is thrown away
-        share_of_rank(r, ranks().world_size)
-        pick_kernel(attention, device, torch.float32 if precision == 'fp32' else torch.bfloat16)
+    r, tok, config = _asked(depth, data, tok_tag, max_len, eval_tokens, seed, device, precision, attention, on_bad, overrides)
+    precision = config['precision']
     if dry_run: return rehearse(r, source, run_dir('base', tag), device, precision)
-    first = ranks().rank == 0
     with join_ranks(device), lock(folder := run_dir('base', tag)):
         run, result = start_run(folder, config, force, track)
-        if first: print(f'already finished: base {tag}' if result else explain(r))
+        if ranks().rank == 0: print(f'already finished: base {tag}' if result else explain(r))
         if result: return result
         model, optimizer, loader = set_up(source, tok, r, seed, device, precision, attention, compiled)
         engines = say_engines(model, precision)
@@ -171,7 +182,7 @@ def base_train(
         stats = train(model, optimizer, loader, r, run, (tok_tag, tok.hash), evaluator(model, source, tok, r, eval_tokens),
                       eval_every, save_every, on_step, looks, on_bad, keep, peak_flops(device, precision))
         return run.finish(dict(stage='base', tag=tag, data=data, tokenizer=tok_tag, depth=depth, params=model.num_params()['total'],
-                               **engines, **stats, floor_bpb=manifest['meta'].get('entropy_bits_per_byte'), marks=theory_marks(source, tok),
+                               **engines, **stats, floor_bpb=read_manifest(source)['meta'].get('entropy_bits_per_byte'), marks=theory_marks(source, tok),
                                ledger=loader.ledger, peak_memory_mb=peak_memory_mb(device), environment=environment()))
 
 # %% ../../nbs/35_base_train.ipynb #main
@@ -192,6 +203,7 @@ def main(
     embedding_lr:float|None=None, # learning rate of the embedding (AdamW)
     dial:str|None=None, # any other number of the recipe, as name=value,name=value: head_lr=0.003,mask_docs=true
     eval_every:int=100, # steps between two validations
+    eval_tokens:int=10_000, # of the validation split, in each validation: always its first ones; ten times as many at the end
     save_every:int=100, # steps between two checkpoints
     sample_every:int=0, # steps between two samples of text; 0: only at the end
     keep:int=2, # newest checkpoints that stay, beside the best one; 0 keeps all
@@ -210,6 +222,6 @@ def main(
         dialled = dial_settings(dial, {'vocab_size', *inspect.signature(base_train).parameters})
         own = dict(tokens=tokens, steps=steps, tokens_per_param=tokens_per_param, flops=flops, batch_tokens=batch_tokens, device_batch=device_batch,
                    matrix_lr=matrix_lr, embedding_lr=embedding_lr)
-        return print_result(base_train(depth, data, tag, tokenizer, max_len, eval_every, save_every, seed=seed, device=device, precision=precision,
+        return print_result(base_train(depth, data, tag, tokenizer, max_len, eval_every, save_every, eval_tokens, seed, device=device, precision=precision,
             attention=attention, force=force, compiled=compiled, on_bad=on_bad, dry_run=dry_run, keep=keep, sample_every=sample_every, track=track,
             **{**own, **dialled}))
