@@ -43,12 +43,15 @@ def test_what_force_cannot_replace_is_not_thrown_away(micro, monkeypatch, world,
     with pytest.raises(UserError, match=says): base_train(**{**KEPT, **change}, force=True)
     assert read_result(micro/'base'/'micro') == before
 
-def test_what_force_cannot_fine_tune_is_not_thrown_away(micro, monkeypatch):
+def test_what_force_cannot_fine_tune_is_not_thrown_away(micro, monkeypatch, tmp_path):
     monkeypatch.setenv('NANOCHAT_BASE_DIR', str(micro))
     base_train(**KEPT)
+    turns = [dict(role='user', content='Please ' * 500), dict(role='assistant', content='No.')]
+    (tmp_path/'long.jsonl').write_text((json.dumps(dict(messages=turns)) + '\n') * 4)
     again = partial(chat_sft, 'micro', n=100, batch_tokens=1024, device='cpu')
     before = again()
     with pytest.raises(UserError, match='--attention nonsense is no kernel'): again(force=True, attention='nonsense')
+    with pytest.raises(UserError, match='conversations can be used'): again(force=True, data=str(tmp_path/'long.jsonl'))
     assert read_result(micro/'sft'/'micro') == before
 
 def test_a_dry_run_finds_damaged_data(micro, tmp_path):

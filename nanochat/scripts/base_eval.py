@@ -101,7 +101,7 @@ def main(
     stage:str='base', # base or sft
     step:str|None=None, # checkpoint: its number, or best; the newest if not given
     data:str|None=None, # name of a data folder; what the run was trained on if not given
-    tokens:int=100_000, # of the validation split
+    tokens:int=100_000, # of the validation split; all of it where it has fewer
     samples:int=3, # texts that the model writes from nothing
     begin:str='', # beginnings to go on from, separated by |
     max_tokens:int=48, # of each sample

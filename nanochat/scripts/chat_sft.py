@@ -94,13 +94,13 @@ def chat_sft(
         (chats, fitted), (held_out, _) = (render_all(tok, part, base.max_len + 1) for part in gather(data, n, seed))
         r = sft_recipe(base, sum(len(c.ids) for c in chats), epochs, lr_scale, batch_tokens)
         config = dict(recipe=r.to_dict(), data=data, n=n, conversations=len(chats), base=base_hash, tokenizer=tok.hash, seed=seed, precision=precision)
-        if force: share_of_rank(r, world), model.attend()                       # both may refuse: before the old run is thrown away
+        loader = ChatLoader(chats, tok, share_of_rank(r, world)[0], r.max_len, seed=seed, rank=rank, world_size=world)
+        model.attend()                                                          # this and the loader may refuse: before the old run is thrown away
         run, result = start_run(folder, config, force, track)
         if result and rank == 0: print(f'already finished: sft {tag}')
         if result: return result
         engines = say_engines(model, precision)
         seed_everything(seed)
-        loader = ChatLoader(chats, tok, share_of_rank(r, world)[0], r.max_len, seed=seed, rank=rank, world_size=world)
         evaluate = lambda step: dict(val_loss=chat_loss(model, held_out, tok, r.device_batch, r.max_len))
         stats = train(model, make_sharded(model, r), loader, r, run, (tok_tag, tok.hash), evaluate, eval_every, save_every, on_step)
         return run.finish(dict(stage='sft', tag=tag, data=data, conversations=len(chats), **engines, **stats, fitted=fitted,
