@@ -75,7 +75,7 @@ def visible(
     if window is not None: see = see & (back <= window)
     return see if q_docs is None else see & (q_docs[:, :, None] == k_docs[:, None])
 
-# %% ../nbs/20_attention.ipynb #slices
+# %% ../nbs/20_attention.ipynb #sdpa-call
 def _sdpa(q, k, v, scale, see=None):
     "One call of torch's attention, in our order of dimensions; without a mask it is causal. (B, T, H, D)"
     out = F.scaled_dot_product_attention(
@@ -89,6 +89,7 @@ def _first_key(a, start, window, docs):
     if docs is None or docs.device.type != 'cpu': return first              # a GPU would have to be waited for
     return max(first, int((docs == docs[:, start+a, None]).int().argmax(1).min()))
 
+# %% ../nbs/20_attention.ipynb #slices
 def _in_slices(q, k, v, q_pos, scale, window, docs, k_pos, rows):
     "Attention for `rows` queries at a time, each slice with the blocks of keys that it can see"
     T, S, outs = q.shape[1], k.shape[1], []
