@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 # %% ../nbs/34_train.ipynb #imports-ours
+from fastcore.basics import patch
+
 from .checkpoint import Saver, latest, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from .common import UserError, all_sum, differences, from_all, on_rank_0, progress, ranks, read_json, synchronize, write_json
 from .head import lm_loss
@@ -161,35 +163,16 @@ def spike_limit(
 # %% ../nbs/34_train.ipynb #loop-class
 class Loop:
     "The state of a run: where it is, what it has cost, and one step at a time."
-    def __init__(self, model, optimizer, loader, recipe, run, tokenizer, on_bad='skip', peak=None):
+    def __init__(self, model, optimizer, loader, recipe, run, tokenizer, on_bad='skip', peak=None, keep=2):
         self.model, self.optimizer, self.loader, self.recipe, self.run, self.tokenizer = model, optimizer, loader, recipe, run, tokenizer
         state = resume_snapshot(run, model, optimizer, loader, tokenizer)
         self.step, self.seconds, self.tokens, self.skipped = (state[k] for k in CLOCK)
         self.micro_batches = share_of_rank(recipe, ranks().world_size)[1]
         self.in_a_row, self.recent, self.pieces, self.on_bad, self.peak, self.rollbacks = 0, state.get('recent', []), 1, on_bad, peak, 0
-        self.saver, self.saved, self.keep = None, self.step or None, 2   # a `Saver` on the first process; the step that was saved last
+        self.saver, self.saved, self.keep = None, self.step or None, keep  # a `Saver` on the first process; the step that was saved last
+        self.scores, self.seen = {}, {}                                  # the last evaluation; what hooks have said
         self.scaler = LossScaler() if model.dtype == torch.float16 else None
         if self.scaler and state.get('scaler'): self.scaler.load_state_dict(state['scaler'])
-
-    def one_step(self) -> dict:
-        "The next step; returns and records its metrics."
-        t = time.perf_counter()
-        rate = set_schedule(self.optimizer, self.recipe, self.step)['lr_multiplier']
-        batches = [next(self.loader) for _ in range(self.micro_batches)]
-        waited = time.perf_counter() - t
-        limit = spike_limit(self.recent)
-        loss, n, moved = self._fitting(batches, limit)
-        synchronize(self.model.device)
-        took = max(time.perf_counter() - t, 1e-9)                         # a clock may stand still
-        self.in_a_row = 0 if moved else self.in_a_row + 1
-        self.step, self.seconds, self.tokens, self.skipped = self.step + 1, self.seconds + took, self.tokens + n, self.skipped + (not moved)
-        metrics = dict(loss=loss, lr=rate, grad_norm=self.optimizer.grad_norm, tokens=self.tokens, seconds=self.seconds, tokens_per_s=n/took,
-                       data_seconds=waited)
-        if self.peak: metrics['mfu'] = n/took * self.model.flops_per_token() / self.peak
-        self.run.log(self.step, **metrics)
-        if n and not moved: self._bad(loss, limit, batches)
-        if moved: self.recent = [*self.recent, loss][-50:]                # what was left out says nothing about the next limit
-        return metrics
 
     def _fitting(self, batches, limit):
         "The step, in smaller pieces if it does not fit; the pieces stay small from then on"
@@ -220,6 +203,26 @@ class Loop:
         self.step, self.seconds, self.tokens, self.skipped = (state[k] for k in CLOCK)
         self.recent, self.in_a_row = state.get('recent', []), 0
 
+    def one_step(self) -> dict:
+        "The next step; returns and records its metrics."
+        t = time.perf_counter()
+        rate = set_schedule(self.optimizer, self.recipe, self.step)['lr_multiplier']
+        batches = [next(self.loader) for _ in range(self.micro_batches)]
+        waited = time.perf_counter() - t
+        limit = spike_limit(self.recent)
+        loss, n, moved = self._fitting(batches, limit)
+        synchronize(self.model.device)
+        took = max(time.perf_counter() - t, 1e-9)                         # a clock may stand still
+        self.in_a_row = 0 if moved else self.in_a_row + 1
+        self.step, self.seconds, self.tokens, self.skipped = self.step + 1, self.seconds + took, self.tokens + n, self.skipped + (not moved)
+        metrics = dict(loss=loss, lr=rate, grad_norm=self.optimizer.grad_norm, tokens=self.tokens, seconds=self.seconds, tokens_per_s=n/took,
+                       data_seconds=waited)
+        if self.peak: metrics['mfu'] = n/took * self.model.flops_per_token() / self.peak
+        self.run.log(self.step, **metrics)
+        if n and not moved: self._bad(loss, limit, batches)
+        if moved: self.recent = [*self.recent, loss][-50:]                # what was left out says nothing about the next limit
+        return metrics
+
     def save(self):
         "Checkpoint everything that the next step reads."
         clock = dict(zip(CLOCK, (self.step, self.seconds, self.tokens, self.skipped)), recent=self.recent,
@@ -234,6 +237,11 @@ class Loop:
         if self.saver and self.saved == self.step and score is not None: self.saver.score(self.step, score)
         return scores
 
+    def summary(self) -> dict:
+        "What the run has come to."
+        return dict(steps=self.step, tokens=self.tokens, seconds=round(self.seconds, 1), skipped=self.skipped,
+                    train_loss=sum(self.recent) / max(1, len(self.recent)))
+
     def look(self, f) -> dict:
         "What `f` (step → dict) saw, recorded; an error in it is a warning: nobody loses a run to a look at it"
         try:
@@ -244,13 +252,28 @@ class Loop:
             warnings.warn(f'step {self.step}: {getattr(f, "__name__", f)} failed ({type(e).__name__}: {e}); training goes on')
             return {}
 
-    def summary(self) -> dict:
-        "What the run has come to."
-        return dict(steps=self.step, tokens=self.tokens, seconds=round(self.seconds, 1), skipped=self.skipped,
-                    train_loss=sum(self.recent) / max(1, len(self.recent)))
+    def due(self, every:int) -> bool:
+        "Whether it is time for what is done every so many steps (0: never); at the end it is time for all"
+        return self.step >= self.recipe.steps or bool(every) and self.step % every == 0
 
-# %% ../nbs/34_train.ipynb #loop-save
-from fastcore.basics import patch
+    def look_around(self, evaluate, eval_every, hooks):
+        "Evaluate, and let those hooks look whose time it is"
+        if evaluate and self.due(eval_every): self.scores = self.judge(evaluate(self.step))
+        for every, f in hooks:
+            if self.due(every): self.seen.update(self.look(f))
+
+    def save_or_leave(self, every:int, pending:list):
+        "Save if it is time. After a signal to any of the processes, save and end all"
+        stop = any(all_sum(len(pending)))
+        if stop or self.due(every): self.save()
+        if stop: leave(pending or [signal.SIGTERM])
+
+# %% ../nbs/34_train.ipynb #show-step
+def _show(bar, step, metrics):
+    "The last step, in the progress bar"
+    mfu = f", {metrics['mfu']:.0%} of the peak" if 'mfu' in metrics else ''
+    bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {metrics['tokens_per_s']:,.0f} tok/s{mfu}", refresh=False)
+    bar.update(step - bar.n)
 
 # %% ../nbs/34_train.ipynb #train
 def train(
@@ -266,25 +289,15 @@ def train(
     peak:float|None=None, # FLOP/s of all devices together, for the share that is reached
 ) -> dict: # steps, tokens, seconds, skipped, train_loss, and the last evaluation
     "Train until `recipe.steps`, from the newest checkpoint of the run if there is one."
-    loop, scores = Loop(model, optimizer, loader, recipe, run, tokenizer, on_bad, peak), {}
-    loop.keep, seen = keep, {}
-    late = loop.step >= recipe.steps                                       # an earlier process died after its last save
+    loop = Loop(model, optimizer, loader, recipe, run, tokenizer, on_bad, peak, keep)
     saver = Saver(run.folder) if ranks().rank == 0 else nullcontext()
     with saver as loop.saver, interruptible() as pending, progress(total=recipe.steps, desc=run.folder.parent.name, unit='step') as bar:
         bar.update(loop.step)
+        if loop.step >= recipe.steps: loop.look_around(evaluate, eval_every, hooks)        # an earlier process died after its last save
         while loop.step < recipe.steps:
             metrics = loop.one_step()
-            mfu = f", {metrics['mfu']:.0%} of the peak" if peak else ''
-            bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {metrics['tokens_per_s']:,.0f} tok/s{mfu}", refresh=False)
-            bar.update(loop.step - bar.n)
+            _show(bar, loop.step, metrics)
             if on_step: on_step(loop.step, metrics)
-            due = lambda every: every and loop.step % every == 0 or loop.step == recipe.steps
-            stop = any(all_sum(len(pending)))                                  # a signal to one process stops all
-            if stop or due(save_every): loop.save()
-            if stop: leave(pending or [signal.SIGTERM])
-            if evaluate and due(eval_every): scores = loop.judge(evaluate(loop.step))
-            for every, f in hooks: seen.update(loop.look(f) if due(every) else {})
-        if late:
-            if evaluate: scores = loop.judge(evaluate(loop.step))
-            for _, f in hooks: seen.update(loop.look(f))
-    return {**loop.summary(), **scores, **seen}
+            loop.save_or_leave(save_every, pending)
+            loop.look_around(evaluate, eval_every, hooks)
+    return {**loop.summary(), **loop.scores, **loop.seen}
