@@ -332,7 +332,7 @@ def run_cli(monkeypatch, capsys, *args, base=None, stdin=''):
     monkeypatch.setenv('NANOCHAT_COMMAND', '1')
     monkeypatch.setenv('NANOCHAT_BASE_DIR', str(base))
     monkeypatch.setattr(sys, 'argv', ['chat_cli', *args])
-    monkeypatch.setattr(sys, 'stdin', io.StringIO(stdin))
+    monkeypatch.setattr(sys, 'stdin', None if stdin is None else io.StringIO(stdin))
     code = 0
     kept = sys.modules.pop('nanochat.scripts.chat_cli', None)         # runpy warns about a module that is already there
     try: runpy.run_module('nanochat.scripts.chat_cli', run_name='__main__', alter_sys=True)
@@ -363,6 +363,10 @@ def test_bad_values(monkeypatch, capsys, trained, args):
 def test_a_piped_conversation(monkeypatch, capsys, trained):
     code, out, err = run_cli(monkeypatch, capsys, '--max-tokens', '4', '--device', 'cpu', base=trained, stdin='Hello?\n/help\n/nothing\n/quit\nnever\n')
     assert code == 0 and '/clear' in out and 'no command /nothing' in out and 'you>' not in out and '\x1b' not in out
+    code, out, err = run_cli(monkeypatch, capsys, '--max-tokens', '4', '--device', 'cpu', base=trained, stdin='Hello?')
+    assert code == 0 and err == '' and out.endswith('\n') and not out.endswith('\n\n')             # the end of the input adds no line
+    code, out, err = run_cli(monkeypatch, capsys, base=trained, stdin=None)
+    assert code == 1 and out == '' and err.count('\n') == 1 and '-p' in err
 
 def test_one_answer_in_a_process_of_its_own(trained):
     r = subprocess.run([sys.executable, '-m', 'nanochat.scripts.chat_cli', '-p', 'Hello?', '--max-tokens', '20', '--device', 'cpu'], text=True,
@@ -377,15 +381,14 @@ def test_one_answer_in_a_process_of_its_own(trained):
 PTY = '''
 import json, sys, time
 from nanochat.chat import Chat
-from nanochat.engine import Engine, ScriptedModel
-from nanochat.preferences import read_pairs
+from nanochat.engine import Engine, Sampling, ScriptedModel
 from nanochat.scripts import chat_cli
 from nanochat.tokenizer import Tokenizer
-from nanochat.xray import label, xray, xray_html
 tok = Tokenizer({bytes([i]): i for i in range(256)})
 class Slow(ScriptedModel):
     def forward(self, ids, cache): time.sleep(0.01); return super().forward(ids, cache)
-chat = Chat(Engine(Slow(tok, {'Count': 'one ' * 200, 'Größe 🙂?': 'Groß. 🙂 Ende', 'Product': 'It is <|python_start|>37*24<|python_end|>888.'}, default='I see.'), tok))
+replies = {'Count': 'one ' * 2000, 'Größe 🙂?': 'Groß. 🙂 Ende', 'Product': 'It is <|python_start|>37*24<|python_end|>888.'}      # a minute to be stopped in
+chat = Chat(Engine(Slow(tok, replies, default='I see.', max_len=10_000), tok), sampling=Sampling(max_tokens=None))
 print('ready', flush=True)
 chat_cli.open_chat = lambda **options: chat
 chat_cli.chat_cli()
@@ -425,6 +428,7 @@ def test_keys_in_a_terminal(last):
     os.write(fd, 'Größe 🙂?\n'.encode()); until('Groß. 🙂 Ende'.encode()); until(b'you> ')      # characters of several bytes, both ways
     os.write(fd, b'/retry\n'); until('Groß. 🙂 Ende'.encode()); until(b'the same reply again'); until(b'you> ')
     os.write(fd, b'\x1b[A\x1b[A\r'); until('Groß. 🙂 Ende'.encode()); until(b'you> ')                       # two lines up: the question again
+    if last == b'\x03': os.write(fd, b'half a line'); until(b'half a line'); press(last, b'to leave')          # at the prompt the first one only warns
     press(last, b'LEFT ["user", "assistant", "user", "assistant", "user", "assistant", "user", "assistant"]')
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     os.close(fd)
@@ -495,7 +499,22 @@ def test_interrupting_a_command(monkeypatch):
     def slow(**options): raise KeyboardInterrupt
     monkeypatch.setattr(chat, 'use', slow)
     assert '(stopped)' in commands(chat, '/model big') and 'I see.' in commands(chat, 'Hello?')
-    assert commands(chat, KeyboardInterrupt(), 'never') == '\n' and len(chat.messages) == 4
+    said = commands(chat, KeyboardInterrupt(), 'Hello?', KeyboardInterrupt(), KeyboardInterrupt(), 'never')
+    assert said.count('to leave') == 2 and said.count('I see.') == 1 and said.endswith('to leave)\n\n') and len(chat.messages) == 6
+
+def test_versions_of_a_reply_and_votes(tmp_path):
+    chat = Chat(scripted(**{'Sky?': 'Blue.', 'Sea?': 'Green.'}), pairs=tmp_path/'pairs.jsonl')
+    for line in ('/edit Sea?', '/other', '/good', '/bad', '/retry'): assert commands(chat, line) == 'error: there is no reply yet: ask something first\n\n'
+    said = commands(chat, 'Sky?', '/other', '/edit', '/good', '/edit Sea?', '/bad')
+    assert said.count('error: ') == 2 and 'Green.' in said and [(t.question, t.vote) for t in chat.turns] == [('Sky?', 1), ('Sea?', -1)]
+    assert not chat.pairs.exists()                                    # another question: nothing to compare
+    said = commands(chat, '/other', 'Thanks', '/other')
+    assert '(version 1 of 2)' in said and 'Sky?\nBlue.' in said and 'no other version' in said and chat.path == [0, 2]
+    chat.switch(0); list(chat.ask(instead_of=0, forced=TOK.encode('Red')))
+    said = commands(chat, '/bad', '/bad', '/other', '/other')
+    [pair] = read_pairs(chat.pairs)
+    assert said.count(f'pairs added to {chat.pairs}: 1') == 1 and (pair['chosen']['content'], pair['rejected']['content'][:3]) == ('Blue.', 'Red')
+    assert '(version 2 of 3)' in said and '(version 1 of 3)' in said; valid(chat)
 
 def test_another_model(trained, monkeypatch):
     monkeypatch.setenv('NANOCHAT_BASE_DIR', str(trained))

@@ -78,10 +78,6 @@ def _system(chat, text, screen):
     chat.system = text or None
     screen.write(f"({'the model reads this before everything else' if text else 'no system message'})\n", 'note')
 
-def _retry(chat, text, screen):
-    if chat.head is None: raise UserError('there is no reply yet: ask something first')
-    say(chat, None, screen, instead_of=chat.head)
-
 def _model(chat, text, screen):
     if text:
         name, *step = text.split()
@@ -98,17 +94,50 @@ def _file(text):
 
 def _save(chat, text, screen): chat.save(_file(text)); screen.write(f'(saved in {text})\n', 'note')
 
-def _load(chat, text, screen):
-    chat.load(_file(text))
-    screen.write(f'({len(chat.path)} exchanges from {text}; the last one:)\n', 'note')
+def _show(chat, screen):
+    "The last exchange"
     for message in chat.messages[-2:] if chat.path else []:
         for style, piece in message_pieces(message): screen.write(piece, 'note' if message['role'] == 'user' else style)
         screen.write('\n')
 
+def _load(chat, text, screen):
+    chat.load(_file(text))
+    n = len(chat.path)
+    screen.write(f'({n} exchange{"s" * (n != 1)} from {text}; the last one:)\n', 'note')
+    _show(chat, screen)
+
+# %% ../../nbs/43a_chat_cli.ipynb #version-commands
+def _last(chat):
+    if chat.head is None: raise UserError('there is no reply yet: ask something first')
+    return chat.head
+
+def _retry(chat, text, screen): say(chat, None, screen, instead_of=_last(chat))
+
+def _edit(chat, text, screen):
+    if not text: raise UserError('write the question as it should be, too: /edit What is 37 times 24?')
+    say(chat, text, screen, instead_of=_last(chat))
+
+def _other(chat, text, screen):
+    versions = chat.siblings(_last(chat))
+    if len(versions) < 2: raise UserError('there is no other version: /retry and /edit make one')
+    at = versions.index(chat.head) - 1                  # -1 is the newest one
+    chat.switch(versions[at])
+    screen.write(f'(version {at % len(versions) + 1} of {len(versions)})\n', 'note')
+    _show(chat, screen)
+
+def _vote(vote):
+    def act(chat, text, screen):
+        pairs = chat.vote(_last(chat), vote)
+        more = f'pairs added to {chat.pairs}: {pairs}' if pairs else 'with the opposite vote for another one, see /retry, it makes a pair'
+        screen.write(f"(a {'good' if vote > 0 else 'bad'} reply; {more})\n", 'note')
+    return act
+
 # %% ../../nbs/43a_chat_cli.ipynb #help
 HELP = """/help           show this
 /clear          start a new conversation
-/retry          another reply to the last question
+/retry          another reply to the last question; /edit WORDS asks it in other words
+/other          go back to another version of the last exchange
+/good, /bad     your verdict on the last reply, for training
 /system WORDS   what the model reads before everything else; without words: nothing
 /temperature X  0: always the likeliest token; 1: as the model believes. Without X: show it
 /topk K         sample among this many likeliest tokens; 0: among all
@@ -117,12 +146,13 @@ HELP = """/help           show this
 /seed N         makes sampling repeatable; off: another one each time
 /save FILE      keep the conversation; /load FILE goes on with it
 /model TAG STEP go on with another model; also /model base/TAG. Without a step: its newest
-/quit           leave; Ctrl-D does too, and so does Ctrl-C at the prompt
-Ctrl-C          stop a reply; the model remembers what it said so far
+/quit           leave; Ctrl-D does too
+Ctrl-C          stop a reply; the model remembers what it said so far. At the prompt: leave, the second time
 """
 
 # %% ../../nbs/43a_chat_cli.ipynb #command
-_COMMANDS = {'/clear': _clear, '/retry': _retry, '/system': _system, '/save': _save, '/load': _load, '/model': _model,
+_COMMANDS = {'/clear': _clear, '/retry': _retry, '/edit': _edit, '/other': _other, '/good': _vote(1), '/bad': _vote(-1),
+             '/system': _system, '/save': _save, '/load': _load, '/model': _model,
              '/help': lambda chat, text, screen: screen.write(HELP, 'note'),
              '/temperature': _set('temperature', float), '/topk': _set('top_k', int), '/topp': _set('top_p', float),
              '/tokens': _set('max_tokens', int), '/seed': _set('seed', int)}
@@ -140,11 +170,19 @@ def converse(
     chat:Chat, # the conversation to go on with
     screen:Screen, # where to write
     read=input, # called with the prompt; raises EOFError at the end of the input
+    prompt:str='you> ', # empty: the lines come from a file or a program
 ):
-    "Read lines and answer them until /quit, Ctrl-D, or Ctrl-C at the prompt"
+    "Read lines and answer them until /quit, Ctrl-D, or the second Ctrl-C at one prompt"
+    warned = False
     while True:
-        try: line = read('you> ').strip()
-        except (EOFError, KeyboardInterrupt): return screen.write('\n')
+        try: line = read(prompt).strip()
+        except EOFError: return screen.write('\n' if prompt else '')
+        except KeyboardInterrupt:
+            if warned or not prompt: return screen.write('\n')
+            warned = True
+            screen.write('\n(once more, or Ctrl-D, to leave)\n', 'note')
+            continue
+        warned = False
         try:
             if line.startswith('/'):
                 if command(chat, line, screen): return
@@ -159,12 +197,13 @@ def chat_cli(
 ):
     "Answer one question on standard output, or hold a conversation until the reader leaves"
     single_process('Chat')
+    if prompt is None and sys.stdin is None: raise UserError('standard input is closed: ask one question with -p')
     chat, screen = open_chat(**options), Screen()
     if prompt is not None: return screen.write(chat.answer(prompt) + '\n')
     if options.get('tool') == 'python':
         from nanochat.sandbox import level
         screen.write(f'(programs of the model run in a jail of level {level().number} of 3)\n', 'note')
-    if not sys.stdin.isatty(): return converse(chat, screen, lambda prompt: input())
+    if not sys.stdin.isatty(): return converse(chat, screen, prompt='')
     try: import readline                    # noqa: F401  lets `input` edit a line and recall the ones before
     except ImportError: pass                # Windows
     screen.write('Ask something. /help lists the commands, Ctrl-D leaves.\n', 'note')
