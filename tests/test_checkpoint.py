@@ -1,5 +1,5 @@
 "Checkpoints under fire: real kills, real limits, every file, every request to the disk. One child process is reused: importing torch is slow"
-import errno, json, math, os, random, shutil, subprocess, sys, textwrap, threading, warnings
+import errno, json, math, os, random, shutil, subprocess, sys, textwrap, threading, time, warnings
 from pathlib import Path
 import numpy as np, pytest, torch
 import nanochat.checkpoint as ck
@@ -235,15 +235,16 @@ def test_two_savers_in_one_folder(saved):
     fcntl = pytest.importorskip('fcntl')
     run, model, _, path = saved
     hold = textwrap.dedent("""
-        import fcntl, os, sys, time
-        fd = os.open(sys.argv[1], os.O_RDONLY); fcntl.flock(fd, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)""")
+        import fcntl, os, sys
+        fd = os.open(sys.argv[1], os.O_RDONLY); fcntl.flock(fd, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.readline()""")
     rubbish = run/'checkpoints/.step-000002.tmp'
     rubbish.mkdir()                                                                    # what the other one is writing
-    p = subprocess.Popen([sys.executable, '-c', hold, run/'checkpoints'], stdout=subprocess.PIPE, text=True)
-    assert p.stdout.readline() == 'held\n'
-    with pytest.raises(UserError, match='another process is saving in .*use another --tag') as e: save_checkpoint(run, 2, model, 'h')
-    assert rubbish.exists() and checkpoints(run) == [1] and '\n' not in str(e.value)
-    p.kill(); p.wait(); p.stdout.close()
+    p = subprocess.Popen([sys.executable, '-c', hold, run/'checkpoints'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert p.stdout.readline() == 'held\n'
+        with pytest.raises(UserError, match='another process is saving in .*use another --tag') as e: save_checkpoint(run, 2, model, 'h')
+        assert rubbish.exists() and checkpoints(run) == [1] and '\n' not in str(e.value)
+    finally: p.kill(); p.communicate()
     assert checkpoints(run) == [1] and save_checkpoint(run, 2, model, 'h').name == 'step-000002' and not rubbish.exists()
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -345,7 +346,7 @@ def fire(tmp_path_factory):
     "Report of the child process"
     if not hasattr(os, 'fork'): pytest.skip('needs fork')
     out = tmp_path_factory.mktemp('fire')
-    p = subprocess.run([sys.executable, '-c', CHILD, out], capture_output=True, text=True, timeout=240)
+    p = subprocess.run([sys.executable, '-c', CHILD, out], capture_output=True, text=True, timeout=600)
     assert p.returncode == 0, p.stderr[-3000:]
     return json.loads(p.stdout.splitlines()[-1])
 
@@ -417,7 +418,7 @@ def slow_disk(monkeypatch):
     real = ck._save
     def slow(*args):
         Disk.busy += 1; Disk.most = max(Disk.most, Disk.busy)
-        assert Disk.go.wait(20)
+        assert Disk.go.wait(120)
         try: return real(*args)
         finally: Disk.busy -= 1
     monkeypatch.setattr(ck, '_save', slow)
@@ -433,7 +434,7 @@ def test_a_save_beside_is_the_save_in_line(tmp_path, slow_disk):
     slow_disk.go.clear()
     with Saver(tmp_path/'beside') as saver:
         state = dict(a=[1])
-        assert saver.save(2, model, 'h', optimizer=opt, state=state, score=2.) < 10
+        assert saver.save(2, model, 'h', optimizer=opt, state=state, score=2.) < 100      # the disk would take 120
         state['a'].append(2)
         train(model, opt, 3)
         assert checkpoints(tmp_path/'beside') == [] and slow_disk.busy == 1
@@ -444,11 +445,18 @@ def test_a_save_beside_is_the_save_in_line(tmp_path, slow_disk):
 
 def test_never_two_at_once(tmp_path, slow_disk):
     model, opt = fresh()
-    threading.Timer(.3, slow_disk.go.set).start()
+    saved = []
+    def look():                                                                        # while the main thread waits in its second save
+        while saved != [1]: time.sleep(.01)
+        time.sleep(.3)
+        saved.append('looked')
+        slow_disk.go.set()
+    looking = threading.Thread(target=look, daemon=True); looking.start()
     with Saver(tmp_path) as saver:
-        waited = [saver.save(step, model, 'h', optimizer=opt) for step in range(1, 6)]
+        for step in range(1, 6): saver.save(step, model, 'h', optimizer=opt); saved.append(step)
         saver.score(5, 1.)
-    assert slow_disk.most == 1 and checkpoints(tmp_path) == [4, 5] and waited[1] > .2 and best(tmp_path).name == 'step-000005'
+    looking.join()
+    assert slow_disk.most == 1 and saved == [1, 'looked', 2, 3, 4, 5] and checkpoints(tmp_path) == [4, 5] and best(tmp_path).name == 'step-000005'
 
 def test_errors_are_warned_about_then_raised(tmp_path, monkeypatch):
     model, _ = fresh()
@@ -519,8 +527,11 @@ def test_a_save_that_nobody_waited_for(tmp_path):
         from nanochat.gpt import GPT, GPTConfig
         torch.set_num_threads(1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        real, ck.environment = os.fsync, lambda *a: {}
-        def slow(fd): time.sleep(.1); real(fd)
+        real, ck.environment, waiting, sent = os.fsync, lambda *a: {}, threading.Event(), []
+        def slow(fd):
+            if how == 'ctrl-c' and not sent:                                     # while the main thread waits for this one
+                sent.append(waiting.wait(100)); time.sleep(.1); os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(.1); real(fd)
         os.fsync = slow
         model = GPT(GPTConfig(vocab_size=64, n_layer=1, n_head=1, n_kv_head=1, head_dim=8))
         for how in ('return', 'error', 'ctrl-c'):
@@ -532,11 +543,11 @@ def test_a_save_that_nobody_waited_for(tmp_path):
             saver.save(1, model, 'h')
             if how == 'error': raise ValueError('boom')
             if how == 'ctrl-c':
-                threading.Timer(.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+                waiting.set()
                 saver.wait()
             break""")
     if not hasattr(os, 'fork'): pytest.skip('needs fork')
-    r = subprocess.run([sys.executable, '-c', code, tmp_path], capture_output=True, text=True, timeout=100)
+    r = subprocess.run([sys.executable, '-c', code, tmp_path], capture_output=True, text=True, timeout=300)
     codes = dict(line.split() for line in r.stdout.splitlines())
     assert codes == {'return': '0', 'error': '1', 'ctrl-c': codes['ctrl-c']} and codes['ctrl-c'] in ('1', '-2', '130'), r.stderr[-2000:]
     for how in codes: assert latest(tmp_path/how).name == 'step-000001' and not list((tmp_path/how/'checkpoints').glob('.*')), how
@@ -598,7 +609,9 @@ SLOW = textwrap.dedent("""
         before = max(ck.checkpoints(out))
         if (pid := os.fork()) == 0: (one, beside)[i % 2](before + 1); os._exit(0)
         time.sleep(rng.uniform(0, 1.6)*took)
-        os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+        os.kill(pid, signal.SIGKILL)
+        ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        took *= .9 if ended else 1.1                                             # the machine may be busier now than it was, or less
         path = ck.latest(out)
         lost += path is None or ck.load_checkpoint(path)['state']['step'] < before
         left += bool(list((out/'checkpoints').glob('.*'))); new += ck.latest(out).name == f'step-{before + 1:06d}'
@@ -606,7 +619,7 @@ SLOW = textwrap.dedent("""
 
 @pytest.mark.slow
 def test_fifty_kills_of_a_large_save(tmp_path):
-    "A minute: 30 MB, killed at a moment between its start and 1.6 times its length; some kills fall in it, some behind it, none loses anything"
+    "A minute: 30 MB, killed at a moment between its start and 1.6 times its length, which is learned on the way; some kills fall in it, some behind it, none loses anything"
     if not hasattr(os, 'fork'): pytest.skip('needs fork')
     p = subprocess.run([sys.executable, '-c', SLOW, tmp_path], capture_output=True, text=True, timeout=900)
     assert p.returncode == 0, p.stderr[-3000:]
