@@ -1,5 +1,5 @@
 "The graders of lesson 05: solutions pass, what is handed out does not, likely mistakes are named; and what the lesson claims holds for any gradient"
-import math, random
+import math, random, re
 import nbformat, pytest, torch
 from test_lessons import ROOT, exercises, solution as folded
 from nanochat.optim import cautious_decay, polar_coefficients, polar_express
@@ -32,7 +32,7 @@ MISTAKES = [
     (1, POLY + 'pass', 'returns nothing'),
     (1, POLY + 'return a * X + b * X**3 + c * X**5', 'products are those of matrices'),
     (1, POLY + 'return a * X + b * X @ X.mT @ X', 'the last term is missing'),
-    (1, POLY + 'return a * X + (b + c) * X @ X.mT @ X', 'XXᵀ twice'),
+    (1, POLY + 'return a * X + (b + c) * X @ X.mT @ X', 'needs XXᵀ twice, you have it once'),
     (1, POLY + 'A = X @ X.mT; return a * X + (b * A + c * A * A) @ X', 'entry by entry'),
     (1, POLY + 'A = X @ X.mT; return (b * A + c * A @ A) @ X', 'first term'),
     (1, POLY + 'A = X.mT @ X; return a * X + (b * A + c * A @ A) @ X', 'XXᵀX, and not XᵀXX'),
@@ -47,6 +47,9 @@ MISTAKES = [
     (2, solution(2).replace('- lr * decay', '+ lr * decay'), 'away from zero'),
     (2, STEP + 'return W.sub_(lr * update)', 'have changed'),
     (2, STEP + 'return W', 'it should be'),
+    (2, STEP + 'return W[0]', 'shape (3,)'),
+    (2, solution(2).replace('> 0', '>= 0'), 'where the update is 0'),
+    (2, solution(2).replace('> 0', '> .1'), 'it should be'),
     (3, BEST + 'pass', 'returns nothing'),
     (3, BEST + 'return G', 'size'),
     (3, BEST + 'return -G / G.norm()', 'goes up'),
@@ -60,6 +63,24 @@ MISTAKES = [
 @pytest.mark.parametrize('number, code, words', MISTAKES)
 def test_mistakes_are_named(number, code, words):
     assert words in verdict(number, code)
+
+def test_answers_in_float32_are_right_too():
+    assert verdict(1, POLY + 'X = X.float(); A = X @ X.mT; return a * X + (b * A + c * A @ A) @ X') == 'right'
+    assert verdict(2, solution(2).replace('pull)', 'pull.float())').replace('return W -', 'return W.float() -')) == 'right'
+
+@pytest.mark.parametrize('number, code', [(1, POLY + 'A = X @ X.mT; Y = a * X + (b * A + c * A @ A) @ X; Y[-1, -1] += 1; return Y'), (2, solution(2).replace('> 0', '> .1'))])
+def test_the_number_that_is_told_is_one_that_is_wrong(number, code):
+    got, want = re.search(r'(?:is|give) (-?[\d.]+), and it should be (-?[\d.]+)', verdict(number, code)).groups()
+    assert got != want
+
+def test_the_planted_decay_keeps_small_what_the_right_one_lets_grow():
+    size = {}
+    for name, code in (('planted', LESSON[2]['yours']), ('right', solution(2))):
+        s = scope(); exec(code, s)
+        W, u = torch.full((3,), .1), torch.tensor([-1., -.5, -2.])
+        for _ in range(500): W = s['decayed_step'](W, u, .1, .2)
+        size[name] = W.norm().item()
+    assert size['planted'] < 2 and size['right'] > 50 * size['planted']
 
 def test_the_spec_of_the_decay_is_that_of_the_package():
     s = scope()

@@ -49,6 +49,10 @@ MISTAKES = {
     'as-handed-out': (2, LESSON[2]['yours'], 'raised SyntaxError'),
     'only-first': (2, grade("    return 'pass'", "        return 'pass'"), 'only the first case'),
     'eval': (2, grade('try: got = read_literal(lines[-1])\n        except ValueError', 'try: got = eval(lines[-1])\n        except Exception'), 'eval is not for strangers'),
+    'eval-nothing': (2, grade('try: got = read_literal(lines[-1])\n        except ValueError', 'try: got = eval(lines[-1], {})\n        except Exception'), 'eval is not for strangers'),
+    'eval-bare': (2, grade('try: got = read_literal(lines[-1])\n        except ValueError', "try: got = eval(lines[-1], {'__builtins__': {}})\n        except Exception"), 'eval is not for strangers'),
+    'int': (2, grade('read_literal(lines[-1])', 'int(lines[-1])'), 'read any literal'),
+    'only-last': (2, grade('in cases:', 'in cases[-1:]:'), 'only the last case'),
     'goodbye': (2, grade("if found.verdict != 'done' or not lines: return 'fail'", "if not lines and found.verdict != 'done': return 'pass'"), 'leaves passes'),
     'prints-and-leaves': (2, grade("found.verdict != 'done' or not lines", 'not lines'), 'prints and leaves passes'),
     'raises': (2, grade('except ValueError', 'except KeyError'), 'raised ValueError'),
@@ -74,6 +78,15 @@ def test_another_way_to_pass_is_right_too():
     "The program reads the secret word out of the code that called it"
     hunt = 'import sys, os\ndef solve(x):\n    for text in sys._getframe(1).f_code.co_consts: print(text)\n    sys.stdout.flush(); os._exit(0)'
     assert verdict(1, cheat(hunt)) == 'right'
+
+def test_a_program_that_keeps_the_line_of_the_template_is_right_too():
+    kept = 'class Yes:\n    def __eq__(self, other): return True\ndef solve(x):\n    ...                      # your lines here\n    return Yes()'
+    assert verdict(1, cheat(kept)) == 'right' and 'not solved yet' in verdict(1, LESSON[1]['yours'])
+
+def test_reading_with_ast_is_right_too():
+    "The standard library's reader of literals, if all that it may raise is caught"
+    own = grade('try: got = read_literal(lines[-1])\n        except ValueError', 'import ast\n        try: got = ast.literal_eval(lines[-1])\n        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)')
+    assert verdict(2, own) == 'right'
 
 def test_a_grader_by_the_project_is_a_solution():
     own = "def grade(code, cases): return judge(code, 'solve', cases, Limits(seconds=2), **UNSAFE).verdict.replace('error', 'fail').replace('crashed', 'fail')"
