@@ -32,7 +32,7 @@ def test_the_solution_is_right_and_what_is_handed_out_is_not(number):
     assert verdict(number, LESSON[number]['yours']) != 'right'
     assert verdict(number, solution(number)) == 'right'
 
-BYTES, ROWS, GUESS = 'def bytes_of_step(layers, C, V, lengths): ', 'def free_rows(M, r, f, read, products): ', 'def best_guesses(p, step, most):\n    '
+BYTES, ROWS, GUESS = 'def bytes_of_step(layers, C, V, lengths): ', 'def memory_rows(M, r, f, read, products): ', 'def best_guesses(p, step, most):\n    '
 REST = '\n    best = max(map(rate, range(most + 1)))\n    return next(k for k in range(most + 1) if rate(k) >= best*(1 - 1e-12))'
 MISTAKES = [
     (1, BYTES + 'pass', 'returns nothing'),
@@ -56,6 +56,7 @@ MISTAKES = [
     (2, ROWS + 'return math.inf if f/products <= r/read else math.floor(M/read/(f/products + r/read))', 'a minus'),
     (2, ROWS + 'left = f/products - r/read; return math.floor(M/left) if left > 0 else math.inf', 'bytes per second'),
     (2, ROWS + 'return M/0', 'two slopes are equal'),
+    (2, changed(solution(2), 'if left > 0', 'if left >= 0'), 'two slopes are equal'),
     (2, ROWS + 'return -3', 'it should be'),
     (2, changed(solution(2), 'else math.inf', 'else 0'), 'math.inf'),
     (3, GUESS + 'pass', 'returns nothing'),
@@ -89,7 +90,7 @@ def test_where_memory_and_arithmetic_meet(M, r, f, read, products):
     else:
         assert memory(B) == pytest.approx(arithmetic(B), rel=1e-3)
         assert memory(B/2) > arithmetic(B/2) and memory(2*B) < arithmetic(2*B)
-        assert function(2, 'free_rows')(M, r, f, read, products) in (math.floor(B), math.floor(B*(1 + 1e-12)))
+        assert function(2, 'memory_rows')(M, r, f, read, products) in (math.floor(B), math.floor(B*(1 + 1e-12)))
 
 @pytest.mark.parametrize('p, k', [(.1, 1), (.5, 3), (.9, 8)])
 def test_tokens_of_a_step_with_guesses(p, k):
