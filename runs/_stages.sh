@@ -54,11 +54,13 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 ranks() {
     local start=("$PYTHON" -m)                     # with --, torchrun leaves alone what looks like its own flags
-    if [ "$nodes" -gt 1 ]; then                    # a node that comes first waits for the others, for an hour at most
+    # A node that comes first waits for the others, for an hour at most. Node 0 keeps the book of who is there, whatever its name is:
+    # when it is lost the others cannot restart, and end. Where only its silence tells them, TCP gives up after 15 minutes, on Linux
+    if [ "$nodes" -gt 1 ]; then
         stages=$((stages + 1))                     # a port for each stage: the next one must not find what is left of the last
         start=("$PYTHON" -m torch.distributed.run "--nnodes=$nodes" "--nproc-per-node=$gpus" --rdzv-backend=c10d
                "--rdzv-endpoint=${head%:*}:$((${head##*:} + stages - 1))"
-               "--rdzv-id=$tag-$2" --rdzv-conf=join_timeout=3600,read_timeout=3600 "--max-restarts=$restarts" -m --)
+               "--rdzv-id=$tag-$2" "--rdzv-conf=is_host=$((node == 0)),join_timeout=3600,read_timeout=3600" "--max-restarts=$restarts" -m --)
     elif [ "$gpus" -gt 1 ]; then
         start=("$PYTHON" -m torch.distributed.run --standalone "--nproc-per-node=$gpus" "--max-restarts=$restarts" -m --)
     fi

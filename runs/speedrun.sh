@@ -14,11 +14,13 @@
 #   --gpus N              processes on this machine                            (the GPUs that it has; with --plan, 8)
 #   --tag NAME            keep this run beside others                          (d and the depth)
 #   --restarts N          how often torchrun starts again by itself after a crash, from the newest checkpoint       (0)
-#   --nodes N --node I --head HOST:PORT   several machines: run this on each, with its number I from 0, and a NANOCHAT_BASE_DIR that
-#                         all of them see. runs/slurm.sbatch and runs/sky.yaml do it
+#   --nodes N --node I --head HOST:PORT   several machines: run this on each, with its number I from 0, the HOST of number 0, and a
+#                         NANOCHAT_BASE_DIR that all of them see. runs/slurm.sbatch and runs/sky.yaml do it
 #
 # Run it again: finished stages are skipped, an interrupted one goes on where it was. Everything lands in NANOCHAT_BASE_DIR,
-# by default ~/.cache/nanochat.
+# by default ~/.cache/nanochat. When one of several machines is lost, the others end with an error, at once or, where only its silence
+# tells them, within half an hour; with --restarts they first wait an hour for it to come back, unless it was number 0, where they meet.
+# The same lines again, on all machines, go on from the newest checkpoint.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_stages.sh"
 

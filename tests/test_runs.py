@@ -182,10 +182,10 @@ def test_a_finished_run_is_skipped_and_a_stopped_one_goes_on(base, tmp_path):
     env = {**os.environ, 'NANOCHAT_BASE_DIR': str(tmp_path), 'OMP_NUM_THREADS': '1'}
     args = ['bash', str(ROOT/'runs/speedrun.sh'), '--tiny', '--tokens-per-param', '5']
     p = subprocess.Popen(args, env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    metrics, end = tmp_path/'base/speedrun-tiny/metrics.jsonl', time.time() + 200
-    while time.time() < end and not (metrics.exists() and '"step": 120' in metrics.read_text()): time.sleep(.02)
-    os.killpg(p.pid, signal.SIGTERM)
-    p.wait(timeout=100)                                                                  # it waits for the save, so that the same line can follow
+    metrics, end = tmp_path/'base/speedrun-tiny/metrics.jsonl', time.time() + 300
+    while time.time() < end and p.poll() is None and not (metrics.exists() and '"step": 60,' in metrics.read_text()): time.sleep(.02)
+    os.killpg(p.pid, signal.SIGTERM)                                                     # hundreds of steps before the end
+    p.wait(timeout=200)                                                                  # it waits for the save, so that the same line can follow
     assert p.returncode != 0 and list((tmp_path/'base/speedrun-tiny/checkpoints').glob('step-*'))
     well(run('speedrun.sh', '--tiny', '--tokens-per-param', 5, base=tmp_path))
     steps = [r['step'] for r in map(json.loads, metrics.read_text().splitlines()) if 'loss' in r]
@@ -227,7 +227,7 @@ def test_sbatch_prepares_on_one_node_and_trains_on_all(tmp_path):
     well(sbatch(tmp_path, tmp_path, '--depth', 12, '--tag', 'it', FAKE_ONLY='yes'))
     first, second = (tmp_path/'log').read_text().splitlines()
     assert first.rstrip() == 'srun on 1: bash runs/speedrun.sh --prepare --depth 12 --tag it'
-    assert second.startswith('srun on 2: bash -c') and second.endswith(f' 2 --depth 12 --tag it 127.0.0.1:{20000 + os.getpid() % 20000}')
+    assert second.startswith('srun on 2: bash -c') and second.endswith(f' 2 --depth 12 --tag it 127.0.0.1:{20000 + os.getpid() % 12000}')
 
 def test_sbatch_says_where_to_submit_it(tmp_path):
     r = sbatch(tmp_path, tmp_path, SLURM_SUBMIT_DIR=str(tmp_path))
