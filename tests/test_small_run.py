@@ -22,7 +22,7 @@ def test_no_exam_question_was_trained_on(small_run):
 
 def test_run_again_skips(small_run):
     before = {s: (small_run/s/'small/result.json').read_bytes() for s in ('base', 'sft', 'chat_eval')}
-    r = subprocess.run(['bash', ROOT/'runs/tiny.sh', '--small'], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    r = subprocess.run(['bash', ROOT/'runs/tiny.sh', '--small'], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert r.returncode == 0, r.stderr[-3000:]
     assert r.stdout.count('already finished') == 5, r.stdout
     assert before == {s: (small_run/s/'small/result.json').read_bytes() for s in before}
