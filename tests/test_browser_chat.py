@@ -72,11 +72,12 @@ def lab(tmp_path_factory):
         cwd=root, env={**os.environ, **own}, stdout=log, stderr=log, start_new_session=True)
     url = f'http://127.0.0.1:{port}'
     try:
-        for _ in range(300):
+        end = time.monotonic() + LONG
+        while time.monotonic() < end:
             if server.poll() is not None: pytest.fail(f'JupyterLab ended: {(home/"lab.log").read_text()[-2000:]}')
             try: urllib.request.urlopen(f'{url}/api?token={TOKEN}', timeout=1).close(); break
             except OSError: time.sleep(0.1)
-        else: pytest.fail('JupyterLab did not start within 30 s')
+        else: pytest.fail(f'JupyterLab did not start within {LONG} s')
         yield url, root
     finally:
         server.terminate()                                  # shuts its kernels down, too
@@ -103,6 +104,7 @@ class Page:
     def __init__(self, browser, lab, name):
         self.url, self.folder, self.name = *lab, name
         self.page = browser.new_page(viewport={'width': 1100, 'height': 900})
+        self.page.set_default_timeout(1000*LONG)             # of clicks and waits; 30 s where none is given
         self.errors, self.dialogs, self.elsewhere = [], [], []
         self.page.on('pageerror', lambda e: self.errors.append(str(e)))
         self.page.on('dialog', lambda d: (self.dialogs.append(d.message), d.dismiss()))
@@ -138,6 +140,11 @@ class Cell:
         return self.text()
     def idle(self, seconds=LONG): self.root.locator('.stop:disabled').wait_for(timeout=1000*seconds)
     def press(self, name): self.root.locator(f'.bar .{name}').click()
+    def contrast(self, what, enough=4.5, seconds=20):
+        "Of the last of these and its ground, once the colours of a theme have arrived"
+        end = time.monotonic() + seconds
+        while (now := self.root.locator(what).last.evaluate(CONTRAST)) < enough and time.monotonic() < end: self.page.wait_for_timeout(100)
+        return now
     def tool(self, name, n=-1): self.root.locator(f'.turn.assistant .tools .{name}').nth(n).click()
 
 def check_growth(cell, question):
@@ -279,7 +286,7 @@ def test_clear_and_looks(page, tmp_path):
     "Both themes and the width of a phone: readable, and nothing sticks out. LOOK at the pictures"
     cell = Cell(page)
     cell.press('clear'); cell.until(lambda t: not t.strip()); cell.idle()
-    for question in ('What is the product of 37 and 24?', 'And ' + HOSTILE, 'Please fail'): cell.ask(question); cell.page.wait_for_timeout(200); cell.idle()
+    for question in ('What is the product of 37 and 24?', 'And ' + HOSTILE, 'Please fail'): cell.ask(question); cell.until(lambda t: question in t); cell.idle()
     cell.ask('Tell me a long one'); cell.until(lambda t: t.count('A long answer') > 3)
     cell.press('stop'); cell.idle()
     real = Cell(page, 2)
@@ -292,7 +299,7 @@ def test_clear_and_looks(page, tmp_path):
             picture = tmp_path/f'{name}-{theme.split()[1]}.png'
             c.root.screenshot(path=picture); print('screenshot', picture)
             for what in ('.turn .body', '.tools button:not([hidden])', '.status', '.bar .clear', '.settings summary'):
-                assert c.root.locator(what).last.evaluate(CONTRAST) >= 4.5, (theme, name, what)
+                assert c.contrast(what) >= 4.5, (theme, name, what)
     for c, name in ((cell, 'chat'), (real, 'xray')):
         c.root.evaluate("e => { e.style.width = '320px'; }")
         wide = c.root.evaluate("e => [...e.querySelectorAll('*')].filter(x => x.getBoundingClientRect().right > e.getBoundingClientRect().right + 1 && !x.closest('pre, summary')).map(x => x.className)")

@@ -370,7 +370,7 @@ def test_a_piped_conversation(monkeypatch, capsys, trained):
 
 def test_one_answer_in_a_process_of_its_own(trained):
     r = subprocess.run([sys.executable, '-m', 'nanochat.scripts.chat_cli', '-p', 'Hello?', '--max-tokens', '20', '--device', 'cpu'], text=True,
-                       capture_output=True, env={**os.environ, 'NANOCHAT_BASE_DIR': str(trained)}, timeout=120, encoding='utf-8')
+                       capture_output=True, env={**os.environ, 'NANOCHAT_BASE_DIR': str(trained)}, timeout=300, encoding='utf-8')
     with pytest.MonkeyPatch.context() as m:
         m.setenv('NANOCHAT_BASE_DIR', str(trained))
         expected = open_chat(device='cpu', max_tokens=20).answer('Hello?')
@@ -403,7 +403,7 @@ def test_keys_in_a_terminal(last):
     pid, fd = pty.fork()
     if pid == 0: os.execve(sys.executable, [sys.executable, '-c', PTY], env)
     seen = b''
-    def until(word, seconds=120):
+    def until(word, seconds=300):
         nonlocal seen
         end = time.monotonic() + seconds
         while word not in seen:
@@ -418,7 +418,7 @@ def test_keys_in_a_terminal(last):
         for _ in range(20):
             try: os.write(fd, key)
             except OSError: break
-            try: return until(word, 3)
+            try: return until(word, 10)
             except AssertionError: pass
         until(word)
     until(b'ready'); until(b'you> ')

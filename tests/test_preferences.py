@@ -46,7 +46,8 @@ def test_a_lock_that_never_opens_is_one_sentence(tmp_path, monkeypatch):
     assert (tmp_path/'p.jsonl').read_bytes() == b''
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks are of Unix')
-def test_several_processes(tmp_path):
+def test_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(preferences._append, '__defaults__', (120.,))                    # a disk may be slow, and the lock is not handed out in turn
     def child(name):
         if pid := os.fork(): return pid
         try:

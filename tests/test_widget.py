@@ -54,9 +54,9 @@ def test_stop_in_the_middle_then_ask_again():
     thread = w.ask('long')
     with pytest.raises(UserError, match='being written'): w.ask('Hello?')
     while not w.turns[-1]['pieces']: time.sleep(0.001)
-    w.stop(); gate.release(10_000); thread.join(20)
+    w.stop(); gate.release(10_000); thread.join(120)
     assert not thread.is_alive() and not w.busy and text(w.turns[1]).endswith(' (stopped)')
-    w.ask('Hello?').join(20)
+    w.ask('Hello?').join(120)
     assert text(w.turns[-1]) == 'I see.'
     check_conversation({'messages': w.messages})
 
@@ -91,7 +91,7 @@ def test_a_question_while_busy_gets_the_state():
     thread = w.ask('long')
     w._received(w, {'type': 'ask', 'text': 'Hello?'}, [])
     assert {'type': 'state', 'key': ['turns', 'busy']} in w.sent and len([t for t in w.turns if t['role'] == 'user']) == 1
-    w.stop(); gate.release(10_000); thread.join(20)
+    w.stop(); gate.release(10_000); thread.join(120)
 
 def test_clear_during_a_reply():
     gate = threading.Semaphore(10_000)
@@ -197,7 +197,7 @@ def test_stopped_alternatives_are_kept():
     gate._value = 30
     thread = w.ask(instead_of=0)
     while not w.turns[-1]['pieces']: time.sleep(0.001)
-    w.stop(); gate.release(10_000); thread.join(20)
+    w.stop(); gate.release(10_000); thread.join(120)
     assert w.turns[1]['alts'] == [0, 1] and text(w.turns[1]).endswith(' (stopped)') and len(w.chat.turns) == 2
     check_conversation({'messages': w.messages})
 
@@ -244,9 +244,9 @@ def test_nothing_that_a_front_end_sends_breaks_the_cell(kind):
         for odd in ODD:
             w._received(w, {'type': kind, 'turn': 0, 'at': 0, 'id': 65, 'vote': 1, 'text': 'x', 'values': {'seed': 1}, field: odd}, [])
             if field == 'values': w._received(w, {'type': kind, 'turn': 0, 'values': {odd if isinstance(odd, str) else 'seed': odd}}, [])
-            w.thread.join(20)
+            w.thread.join(120)
             assert not w.busy and w.chat.sampling.check() is None
-    w.adjust(temperature=0., max_tokens=None); w.ask('Hello?').join(20)
+    w.adjust(temperature=0., max_tokens=None); w.ask('Hello?').join(120)
     assert text(w.turns[-1]).startswith('I see.')
     check_conversation({'messages': w.messages})
 
