@@ -42,10 +42,32 @@ def test_nothing_asked_is_named(scope): assert 'nothing was asked' in grade(scop
 @pytest.mark.parametrize('old, new, says', [
     ("return {'at': self.used}", "return {'at': self.source.at}", 'batches are never seen'),
     (", state['at'], []", ", state['at'], self.ready", 'throw them away'),
+    ("return {'at': self.used}", "return {'at': self.source.at - len(self.ready)}", 'a position is no number of batches'),
+    ("len(self.ready) < self.depth + 1", "len(self.ready) < 1", 'no batch is prepared in advance'),
     ("return {'at': self.used}", "self.ready = []; return {'at': self.used}", 'asking for the state changed'),
     ("return {'at': self.used}", "return {'at': {self.used}}", 'JSON'),
     ("return {'at': self.used}", "return {'at': max(0, self.used - 1)}", 'after resuming came')])
 def test_mistakes_in_the_loader_are_named(scope, old, new, says): assert says in grade(scope, 2, changed(solution(2), old, new))
+
+def test_a_loader_that_does_nothing_in_advance_is_no_repair(scope):
+    plain = """class Ahead:
+    def __init__(self, source, depth): self.source = source
+    def __next__(self): return next(self.source)
+    def state_dict(self): return {'at': self.source.at}
+    def load_state_dict(self, state): self.source.at = state['at']"""
+    assert 'no batch is prepared in advance' in grade(scope, 2, plain)
+
+def test_preparing_after_a_batch_is_handed_out_is_right_too(scope):
+    early = """class Ahead:
+    def __init__(self, source, depth): self.source, self.depth = source, depth; self.load_state_dict({'at': source.at})
+    def one(self): return next(self.source), self.source.at
+    def __next__(self):
+        batch, self.used = self.ready.pop(0) if self.ready else self.one()
+        while len(self.ready) < self.depth: self.ready.append(self.one())
+        return batch
+    def state_dict(self): return {'at': self.used}
+    def load_state_dict(self, state): self.source.at = self.used = state['at']; self.ready = []"""
+    assert grade(scope, 2, early) == 'right'
 
 @pytest.mark.parametrize('old, new, says', [
     ("    if not same('batch'): found.add('loader')\n", '', 'Look at the batches'),
