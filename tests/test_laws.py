@@ -4,7 +4,7 @@ import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from conftest import ROOT
 from nanochat.common import UserError, write_json
-from nanochat.laws import Law, _cost, _log_loss, fit_law, grid, series, valleys
+from nanochat.laws import Law, _cost, _log_loss, fit_law, fit_series, grid, series, valleys
 from nanochat.scaling import recipe
 from nanochat.scripts.base_train import dial_settings
 from nanochat.scripts.laws import _numbers
@@ -85,4 +85,9 @@ def test_the_stored_series_is_that_of_its_commands():
                 _numbers('--ratios', flag['--ratios'], float), **dial_settings(flag['--dial']))
     stored = json.loads((ROOT/'nbs/scaling_laws.json').read_text(encoding='utf-8'))
     assert {(r['depth'], r['params'], r['tokens']) for r in runs} == {(m['depth'], m['params'], m['tokens']) for m in stored['runs']}
+    assert set(stored['later']['added']) <= {m['tag'] for m in stored['runs']} and 'commit' in stored['later']['environment']
     assert len(stored['runs']) == len(runs) and stored['series'] == flag['--tag'] and stored['vocab_size'] == int(flag['--vocab'])
+
+def test_the_stored_law_is_that_of_the_stored_runs():
+    stored = json.loads((ROOT/'nbs/scaling_laws.json').read_text(encoding='utf-8'))
+    assert fit_series(stored, E=stored['marks']['entropy of the corpus'], draws=1).law._asdict() == pytest.approx(stored['law'])
