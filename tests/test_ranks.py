@@ -4,7 +4,7 @@ import pytest
 from conftest import MICRO, ROOT, result, script
 from nanochat.record import read_metrics, series
 
-RUN = [*MICRO, '--batch-tokens', '1152', '--eval-every', '20', '--save-every', '10', '--seed', '3']        # 18 rows: 1, 2 and 3 processes
+RUN = [*MICRO, '--batch-tokens', '1152', '--eval-every', '20', '--save-every', '10', '--seed', '3', '--eval-tokens', '150']      # 18 rows: 1, 2 and 3 processes
 
 def torchrun(n, name, *args, base, **kw):
     "Start a script on n processes; the finished process"
@@ -44,17 +44,15 @@ def test_a_run_goes_on_with_another_number_of_processes(micro, alone):
     assert steps == list(range(1, 41))                                                                   # every step once
 
 def stop_after(n, step, folder, base):
-    "Start n processes and send SIGTERM to torchrun once `step` is in the record"
+    "Start n processes that take their time from `step` on, and send SIGTERM to torchrun once it is in the record"
     env = {**os.environ, 'NANOCHAT_BASE_DIR': str(base), 'OMP_NUM_THREADS': '1', 'NANOCHAT_COMMAND': '1'}
-    p = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={n}', '-m', 'nanochat.scripts.base_train',
+    p = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={n}', ROOT/'tests/slow_base_train.py', str(step), '1',
                           *RUN, '--tag', 'elastic'], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    end = time.time() + 120
-    while time.time() < end and p.poll() is None:
-        if (folder/'metrics.jsonl').exists() and f'"step": {step}' in (folder/'metrics.jsonl').read_text(): break
-        time.sleep(.02)
+    metrics, end = folder/'metrics.jsonl', time.time() + 300
+    while time.time() < end and p.poll() is None and not (metrics.exists() and f'"step": {step},' in metrics.read_text()): time.sleep(.02)
     p.send_signal(signal.SIGTERM)
-    out, _ = p.communicate(timeout=120)
-    assert p.returncode != 0, out
+    out, _ = p.communicate(timeout=300)
+    assert p.returncode != 0 and f'"step": {step},' in metrics.read_text(), out
     assert (folder/'checkpoints').is_dir(), out
 
 def test_a_mistake_ends_all_processes_with_one_sentence(micro):
@@ -63,7 +61,8 @@ def test_a_mistake_ends_all_processes_with_one_sentence(micro):
     assert 'nanochat/scaling.py' not in out.stderr                    # torchrun shows a traceback of its own; ours would name this file
 
 def test_bits_per_byte_do_not_depend_on_the_number_of_processes(micro, alone):
-    args = ['--tag', 'alone', '--tokens', 100_000, '--samples', 1, '--begin', 'The capital of']
+    "On the tokens on which the run was measured at its end: ten times its --eval-tokens"
+    args = ['--tag', 'alone', '--tokens', 1500, '--samples', 1, '--begin', 'The capital of']
     one, two = script('base_eval', *args, base=micro), torchrun(2, 'base_eval', *args, base=micro)
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     one, two = result(one), result(two)
