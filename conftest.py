@@ -20,8 +20,11 @@ def pytest_unconfigure(config):
 def pytest_xdist_make_scheduler(config, log):
     "One worker takes a file as a whole; the notebooks of nbs/ are apart from each other, though one file tests them"
     from xdist.scheduler import LoadScopeScheduling
+    together = ('tests/test_small_run.py', 'lessons/00', 'lessons/03', 'lessons/04')      # each runs a stage of the small run again, under its lock
     class ByFile(LoadScopeScheduling):   # not --dist=loadgroup: with pytest 9.2, pytest-xdist 3.8 silently forgets the groups
-        def _split_scope(self, nodeid): return nodeid if 'test_nbs.py' in nodeid else nodeid.split('::')[0]
+        def _split_scope(self, nodeid):
+            if nodeid.startswith(together): return 'the small run'
+            return nodeid if 'test_nbs.py' in nodeid else nodeid.split('::')[0]
     return ByFile(config, log)
 
 def pytest_itemcollected(item):

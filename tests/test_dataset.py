@@ -20,8 +20,8 @@ def base(tmp_path, monkeypatch):
     monkeypatch.setenv('NANOCHAT_BASE_DIR', str(tmp_path/'base'))
     return tmp_path/'base'
 
-def python(code, *args, **kw): return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, timeout=120, **kw)
-def command(*args): return subprocess.run([sys.executable, '-m', 'nanochat.scripts.data', *map(str, args)], capture_output=True, text=True, timeout=120)
+def python(code, *args, **kw): return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, timeout=600, **kw)
+def command(*args): return subprocess.run([sys.executable, '-m', 'nanochat.scripts.data', *map(str, args)], capture_output=True, text=True, timeout=600)
 
 
 # --- reading
@@ -398,10 +398,10 @@ def test_command_line(base):
 
 def test_ctrl_c(base):
     p = subprocess.Popen([sys.executable, '-m', 'nanochat.scripts.data', '--docs', '10000000'], stderr=subprocess.PIPE, text=True)
-    end = time.time() + 60
-    while not list(base.glob('data/.tinyworld.partial/train*')) and time.time() < end: time.sleep(.05)
+    end = time.time() + 300
+    while not list(base.glob('data/.tinyworld.partial/train*')): assert time.time() < end and p.poll() is None; time.sleep(.05)
     p.send_signal(signal.SIGINT)
-    err = p.communicate(timeout=60)[1]
+    err = p.communicate(timeout=300)[1]
     assert p.returncode == 130 and 'Traceback' not in err and list((base/'data').iterdir()) == []
 
 

@@ -147,7 +147,7 @@ def test_reference_solutions_pass_and_planted_ones_fail():
     "In a process of its own. Every family, both splits; the tests' answers come from a specification beside the solution"
     rows = tasks.programs(500, seed=4) + tasks.programs(100, seed=4, exam=True) + [tasks.make_program(f, k) for f in tasks.FAMILIES for k in range(2, 100)]
     told = json.dumps([{**p._asdict(), 'he': p.humaneval()} for p in rows])
-    run = subprocess.run([sys.executable, '-I', '-c', HARNESS], input=told, capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, '-I', '-c', HARNESS], input=told, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     for p, (right, wrong, humaneval) in zip(rows, json.loads(run.stdout)):
         assert right and humaneval and not wrong, p.name
