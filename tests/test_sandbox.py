@@ -232,12 +232,12 @@ HOLE = RAW + """
 os.setsid()
 libc.prctl(1, 0, 0, 0, 0)                                              # forget to die with the parent
 print('ready', flush=True)
-import time; time.sleep(20)
+import time; time.sleep(120)
 """
 DAEMON = RAW + """
 import time
 if os.fork() == 0: os.setsid(); libc.prctl(1, 0, 0, 0, 0); print('ready', flush=True)
-time.sleep(20)
+time.sleep(120)
 """
 
 @needs(3)
@@ -245,47 +245,49 @@ time.sleep(20)
 def test_the_hole(world, tmp_path, code):
     "Without seccomp a program can leave its process group and forget its parent. It dies all the same: process 1 is killed by its descriptor"
     start = time.monotonic()
-    found = run(code, Limits(seconds=1), layers=('limits', 'namespaces', 'landlock'), accept_unsafe=True)
+    found = run(code, Limits(seconds=3), layers=('limits', 'namespaces', 'landlock'), accept_unsafe=True)
     assert found.verdict == 'timeout' and 'ready' in found.stdout and not survivors(tmp_path)
-    assert time.monotonic() - start < 15                               # not the 20 s that it would have slept
+    assert time.monotonic() - start < 100                              # not the 120 s that it would have slept
 
 @needs(3)
 def test_killing_the_group_alone_would_leave_the_hole_open(world, tmp_path):
     "The test above can fail: without the descriptor the program survives"
-    with sandbox._Jail(Limits(seconds=1), ('limits', 'namespaces', 'landlock')) as jailed:
+    with sandbox._Jail(Limits(seconds=3), ('limits', 'namespaces', 'landlock')) as jailed:
         os.close(jailed.pidfd); jailed.pidfd = None
         found = jailed.outcome(lambda: jailed.ask('run', HOLE))
     left = survivors(tmp_path)
     for pid in left: os.kill(pid, signal.SIGKILL)
     assert left and found.verdict == 'timeout'
-    until = time.monotonic() + 5
+    until = time.monotonic() + 60
     while survivors(tmp_path) and time.monotonic() < until: time.sleep(.02)
 
 # --- many at once, root and nobody, the parent's death
 
-def test_two_hundred_at_once_leave_nothing_behind(world, tmp_path):
-    import resource
+def test_two_hundred_at_once_leave_nothing_behind(world, tmp_path, monkeypatch):
+    import gc, resource
+    monkeypatch.setattr(sandbox, '_PATIENCE', 300.)
+    gc.collect()                                                        # what earlier tests left open does not count
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096) if hard > 0 else 4096, hard))
     programs = [('print(6*7)', 'done'), ("open('x', 'w').write('left')", 'done'), ('1/0', 'error'), ('import os; os._exit(0)', 'crashed')]
     if HERE.number >= 2: programs.append(('import os; os.fork()', 'forbidden'))
     fds, threads, start = len(os.listdir('/proc/self/fd')) if sys.platform == 'linux' else 0, threading.active_count(), threading.Barrier(200)
     def one(n):
-        start.wait(60)
+        start.wait(300)
         code, right = programs[n % len(programs)]
         found = run(code, Limits(seconds=60), accept_unsafe=HERE.number < 2)
         return found.verdict == right and (right != 'done' or n % len(programs) or found.stdout == '42\n')
     try:
         with ThreadPoolExecutor(200) as pool: assert all(pool.map(one, range(200)))
     finally: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert threading.active_count() == threads
-    if sys.platform == 'linux': assert len(os.listdir('/proc/self/fd')) == fds and not survivors(tmp_path)
+    assert threading.active_count() <= threads
+    if sys.platform == 'linux': assert len(os.listdir('/proc/self/fd')) <= fds and not survivors(tmp_path)
 
 def readable_python():
     "A Python that everybody may run, or None"
     for path in (sys.executable, '/usr/bin/python3', '/usr/local/bin/python3'):
         ask = [path, '-I', '-S', '-c', 'import ctypes, os, sys; print(sys.version_info >= (3, 10))']
-        try: r = subprocess.run(ask, capture_output=True, text=True, user=65534, group=65534, extra_groups=[], cwd='/', timeout=20)
+        try: r = subprocess.run(ask, capture_output=True, text=True, user=65534, group=65534, extra_groups=[], cwd='/', timeout=120)
         except (OSError, subprocess.SubprocessError): continue
         if r.stdout == 'True\n': return path
 
@@ -308,7 +310,8 @@ def test_nobody_is_held_as_well():
             sys.executable, tempfile.tempdir, out = python, str(own), {}
             for layers in {HERE.layers, L2}:
                 for n in names:
-                    out[f'{n} {len(layers)}'] = run(ATTACKS[n][0].replace('PARENT', str(os.getpid())).replace('PORT', '1'), QUICK, layers=layers).verdict
+                    limits = QUICK if 'timeout' in ATTACKS[n][1] else Limits(seconds=30)
+                    out[f'{n} {len(layers)}'] = run(ATTACKS[n][0].replace('PARENT', str(os.getpid())).replace('PORT', '1'), limits, layers=layers).verdict
             out['left'] = os.listdir(own)
         except BaseException as e: out = dict(failed=repr(e))
         os.write(writer, json.dumps(out).encode()); os._exit(0)
