@@ -8,7 +8,7 @@ __all__ = ['TOKENS_PER_PARAM', 'MIN_BATCH', 'MAX_BATCH', 'FORGETTING', 'MATRIX_L
            'set_schedule', 'explain']
 
 # %% ../nbs/31_scaling.ipynb #imports
-import difflib, json, math, re
+import difflib, json, math, numbers, re
 from dataclasses import MISSING, asdict, dataclass, field, fields
 import torch
 
@@ -47,7 +47,7 @@ def decay_for(
     steps:int,
 ) -> float:
     "Weight decay that shrinks an unused weight by e⁻⁹ over the run at full rate, at most 1"
-    return min(1., FORGETTING / (lr * max(1, steps)))
+    return FORGETTING / max(lr * max(1, steps), FORGETTING)
 
 # %% ../nbs/31_scaling.ipynb #lr-multiplier
 def lr_multiplier(
@@ -138,7 +138,8 @@ def _horizon(params, flops_per_token, **given):
     if len(given) > 1: raise UserError(f"Give one of {' and '.join(given)}, not {len(given)}: they say the same thing")
     full = TOKENS_PER_PARAM * params
     for name, x in given.items():
-        if not x > 0: raise UserError(f'{name} must be above 0, not {x}')
+        _check(name, x, float)
+        if x <= 0: raise UserError(f'{name} must be above 0, not {x}')
         return {'tokens': lambda: x, 'steps': lambda: full * min(1, x / 2000), 'tokens_per_param': lambda: x * params,
                 'flops': lambda: x / flops_per_token()}[name]()
     return full
@@ -161,18 +162,26 @@ def _rows(batch_tokens, max_len, device_batch, exact):
     return -(-rows // device_batch) * device_batch, device_batch
 
 # %% ../nbs/31_scaling.ipynb #known
+def _is_number(x): return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
+
+def _check(name, x, kind=int):
+    "UserError where a setting is not of the kind of its field"
+    least = 0 if name.endswith('warm_steps') or name == 'warmup_steps' else 1
+    ok, wanted = {int: (isinstance(x, int) and not isinstance(x, bool) and x >= least, f'a whole number from {least} up'),
+                  float: (_is_number(x), 'a finite number'), bool: (isinstance(x, bool), 'true or false'), str: (isinstance(x, str), 'a word'),
+                  tuple: (isinstance(x, (tuple, list)) and all(map(_is_number, x)), 'a list of numbers')}[kind]
+    if not ok: raise UserError(f'{name} must be {wanted}, not {x!r}')
+
 def _known(overrides, **dials):
-    "The overrides that were given (None is not given), after a look at names and whole numbers, those of the dials too"
+    "The overrides that were given (None is not given), after a look at names and kinds, those of the dials too"
     o = {k: v for k, v in overrides.items() if v is not None}
-    names = [f.name for f in fields(Recipe) if f.name not in ('grad_accum', 'by_hand')]
-    for name in o:
-        if name in names: continue
-        near = difflib.get_close_matches(name, names, 1)
-        raise UserError(f"There is no setting {name!r}" + (f': did you mean {near[0]}?' if near else f"; there are {', '.join(names)}"))
-    whole = {f.name: o[f.name] for f in fields(Recipe) if f.type is int and f.name in o}
-    for name, x in {**{k: v for k, v in dials.items() if v is not None}, **whole}.items():
-        least = 0 if name.endswith('warm_steps') or name == 'warmup_steps' else 1
-        if isinstance(x, bool) or not isinstance(x, int) or x < least: raise UserError(f'{name} must be a whole number from {least} up, not {x!r}')
+    kinds = {f.name: f.type for f in fields(Recipe) if f.name not in ('grad_accum', 'by_hand')}
+    for name, x in o.items():
+        if name in kinds: _check(name, x, kinds[name]); continue
+        near = difflib.get_close_matches(name, kinds, 1)
+        raise UserError(f"There is no setting {name!r}" + (f': did you mean {near[0]}?' if near else f"; there are {', '.join(kinds)}"))
+    for name, x in dials.items():
+        if x is not None: _check(name, x)
     return o
 
 # %% ../nbs/31_scaling.ipynb #shape
@@ -200,8 +209,9 @@ def _sane(r):
     "The recipe itself, if its rates and shares are possible"
     for name in ('warmdown_ratio', 'final_lr_frac', 'momentum', 'neuron_beta'):
         if not 0 <= getattr(r, name) <= 1: raise UserError(f'{name} must lie between 0 and 1, not {getattr(r, name)}')
-    for name in ('matrix_lr', 'embedding_lr', 'head_lr', 'scalar_lr', 'weight_decay', 'clip_norm'):
-        if not 0 <= getattr(r, name) < math.inf: raise UserError(f'{name} must be 0 or more, not {getattr(r, name)}')
+    for name in ('matrix_lr', 'embedding_lr', 'head_lr', 'scalar_lr', 'weight_decay', 'adam_eps', 'clip_norm'):
+        if not getattr(r, name) >= 0: raise UserError(f'{name} must be 0 or more, not {getattr(r, name)}')
+    if len(r.adam_betas) != 2 or not all(0 <= b < 1 for b in r.adam_betas): raise UserError(f'adam_betas must be two numbers from 0 up and below 1, not {r.adam_betas}')
     return r
 
 # %% ../nbs/31_scaling.ipynb #recipe

@@ -2,7 +2,7 @@
 
 Skipped where Playwright or a Chromium is missing. `CHROMIUM` names another browser, `NANOCHAT_BROWSER_NOTEBOOK` a real
 notebook with a chat cell to drive too (its kernel gets the environment of this process, such as NANOCHAT_BASE_DIR)."""
-import json, os, shutil, signal, socket, subprocess, sys, time, urllib.request
+import contextlib, json, os, random, shutil, signal, socket, subprocess, sys, time, urllib.request
 import nbformat, pytest
 
 pytestmark = pytest.mark.browser
@@ -35,7 +35,7 @@ class Scripted:
         question = conv['messages'][-1]['content']
         if 'fail' in question: raise RuntimeError('out of memory')
         script = [('text', 'It is '), ('python', '37*24'), ('python_output', '888'), ('text', '888.')] if 'product' in question else \\
-                 [('text', question)] if question.startswith('echo') else [('text', 'A long answer. '*4000 if 'long' in question else 'A short answer.')]
+                 [('text', question)] if question.startswith('echo') else [('text', 'A long answer. '*40_000 if 'long' in question else 'A short answer.')]
         for kind, text in script:
             size = 5 if question[:4] != 'echo' else 20_000
             for i in range(0, len(text), size):
@@ -50,7 +50,11 @@ real = ChatWidget(Chat(Engine(ScriptedModel(tok, {'Sky?': 'It is <|python_start|
 real''']
 
 def free_port():
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+    "Below 32768, where the system takes the ports of connections from: nobody gets it before JupyterLab does"
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(('127.0.0.1', port))
+            return port
 
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
@@ -88,7 +92,7 @@ def lab(tmp_path_factory):
 @pytest.fixture(scope='module')
 def browser():
     with sync_api.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        b = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=1000*LONG)
         yield b
         b.close()
 
@@ -263,7 +267,7 @@ def test_reloaded_in_the_middle(page):
     page.do('docmanager:save')                          # outputs that were not saved do not come back
     cell.ask('a long one to reload'); cell.until(lambda t: len(t.split('to reload')[-1]) > 100)
     both, lost = "document.querySelectorAll('.nc-chat').length === 3", "document.body.innerText.includes('model not found')"
-    for _ in range(3):                                  # JupyterLab gives up on any widget if the kernel is slow to answer it
+    for _ in range(10):                                 # JupyterLab gives up on any widget if the kernel is slow to answer it
         page.open(reset=''); page.wait(f'{both} || {lost}')
         if not page.page.evaluate(lost): break
     page.wait(both)
@@ -272,7 +276,7 @@ def test_reloaded_in_the_middle(page):
     cell.until(lambda t: len(t) > n + 50)               # and the deltas go on from there
     cell.press('stop'); cell.idle()
     reply = cell.text().split('to reload')[-1].strip().removesuffix('(stopped)').strip()
-    assert ('A long answer. '*4000).startswith(reply[:-1])                             # nothing lost, nothing twice
+    assert ('A long answer. '*40_000).startswith(reply[:-1])                             # nothing lost, nothing twice
 
 CONTRAST = """el => {
   const rgb = c => c.match(/[\\d.]+/g).map(Number), lin = v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;

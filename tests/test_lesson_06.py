@@ -1,5 +1,5 @@
 "The graders of lesson 06: solutions pass, what is handed out does not, wrong diagnoses meet the evidence against them; and the stored runs are those of the tool"
-import copy, importlib.util, itertools, json, math, re, statistics
+import copy, importlib.util, itertools, json, math, re, statistics, time, types
 from collections import Counter
 import nbformat, pytest, torch
 from test_lessons import ROOT, changed, exercises, solution as folded
@@ -85,13 +85,16 @@ def test_the_tool_breaks_what_it_says(tmp_path, monkeypatch, doctor):
     monkeypatch.setenv('NANOCHAT_BASE_DIR', str(tmp_path))
     monkeypatch.setattr('nanochat.checkpoint.environment', lambda *a: {}); monkeypatch.setattr('nanochat.record.environment', lambda *a: {})
     t = tool()
+    monkeypatch.setattr('nanochat.train.time', types.SimpleNamespace(perf_counter=time.process_time))       # as the tool's main does
     scripts_data.prepare('tinyworld', name='small', docs=300, val_docs=20)
     tok_train(data='small', tag='small', vocab_size=512)
     monkeypatch.setattr(t, 'STEPS', 8); monkeypatch.setattr(t, 'BATCH', 256); monkeypatch.setattr(t, 'DEPTH', 1); monkeypatch.setattr(t, 'T', 64)
     got = {name: t.compact(read_metrics(t.one_run(name, 0, tmp_path/name).folder)) for name in ('healthy', 'leak', 'gradient kept', 'repeated text', 'slow loader')}
     assert all(r.keys() == STORED['reference'].keys() for r in got.values())
     assert got['leak']['loss'][-1] < got['healthy']['loss'][-1] and got['slow loader']['loss'] == got['healthy']['loss']
-    assert got['gradient kept']['grad_norm'][-1] > 1.5 * got['healthy']['grad_norm'][-1] and sum(got['slow loader']['data_seconds']) > 2 * sum(got['healthy']['data_seconds'])
+    assert got['gradient kept']['grad_norm'][-1] > 1.5 * got['healthy']['grad_norm'][-1]
+    waited = {name: sum(got[name]['data_seconds'][1:]) for name in ('healthy', 'slow loader')}      # the first batch opens files
+    assert waited['slow loader'] > 3 * waited['healthy']
     assert got['repeated text']['loss'][6:] != got['healthy']['loss'][6:] and got['repeated text']['loss'][:6] == got['healthy']['loss'][:6]
     t.write(tmp_path/'out.json', dict(cases={'1': got['leak']}))
     assert json.loads((tmp_path/'out.json').read_text()) == dict(cases={'1': got['leak']})

@@ -1,5 +1,6 @@
 "The dial over its whole range, and schedules for all arguments"
 import json, math, random
+from dataclasses import fields
 import pytest, torch
 from nanochat.common import UserError
 from nanochat.gpt import GPT
@@ -110,10 +111,24 @@ def test_overrides():
     (dict(steps=0), 'steps must be a whole number from 1 up'), (dict(batch_tokens=5000), 'use 5120'), (dict(batch_tokens=4096, device_batch=3), 'does not divide'),
     (dict(device_batch=0), 'device_batch must be a whole number from 1 up'), (dict(n_kv_head=3), 'n_kv_head=3 does not divide n_head=4'),
     (dict(n_embd=100), 'must be n_embd'), (dict(warmdown_ratio=1.5), 'between 0 and 1'), (dict(matrix_lr=-1.), 'matrix_lr must be 0 or more'),
-    (dict(head_lr=math.nan), 'head_lr must be 0 or more'), (dict(n_head=2.5), 'n_head must be a whole number'), (dict(steps=2.5), 'steps must be a whole')])
+    (dict(head_lr=math.nan), 'head_lr must be a finite number, not nan'), (dict(head_lr='abc'), "head_lr must be a finite number, not 'abc'"),
+    (dict(tokens=math.inf), 'tokens must be a finite number'), (dict(smear='False'), "smear must be true or false, not 'False'"), (dict(adam_eps=-1), 'adam_eps must be 0 or more'),
+    (dict(window_pattern=3), 'window_pattern must be a word'), (dict(adam_betas=(.9,)), 'adam_betas must be two numbers'), (dict(adam_betas=.9), 'adam_betas must be a list of numbers'), (dict(n_head=2.5), 'n_head must be a whole number'), (dict(steps=2.5), 'steps must be a whole')])
 def test_impossible_values_get_one_sentence(kw, says):
     with pytest.raises(UserError) as e: recipe(4, 2048, **kw)
     assert says in str(e.value) and '\n' not in str(e.value)
+
+NAMES = [f.name for f in fields(Recipe) if f.name not in ('depth', 'vocab_size', 'max_len')]
+
+@pytest.mark.parametrize('name', [*NAMES, 'tokens_per_param', 'flops'])
+def test_any_value_makes_a_recipe_or_a_sentence(name):
+    "What --dial can hold: words, numbers, lists, true, {}; a recipe that was made has kept it"
+    for value in ('abc', '', -1, 0, 1.5, True, (1, 2), (.5, .5), (), ('a',), {}, math.inf, math.nan, 2**40):
+        try: r = recipe(4, 512, 64, **{name: value})
+        except UserError as e: assert name in str(e) and '\n' not in str(e)
+        else: assert name in ('tokens', 'tokens_per_param', 'flops') or getattr(r, name) == value
+
+def test_matrices_that_stand_still(): assert recipe(4, 512, 64, matrix_lr=0).weight_decay == 1
 
 @pytest.mark.parametrize('args', [(0, 2048), (-1, 2048), (2.5, 2048), (True, 2048), (4, 0), (4, 2048, 0)])
 def test_impossible_dials(args):
