@@ -272,7 +272,9 @@ function controls(model, { root, input, send, stop, clear }, act) {
   };
   send.onclick = ask;
   input.onkeydown = e => { e.stopPropagation(); if (e.key === 'Enter' && !e.isComposing) ask(); };
-  stop.onclick = () => act({ type: 'stop' });
+  const end = () => act({ type: 'stop' });
+  stop.onclick = end;                     // keys and touch; a mouse at once: growing text may move the button before the mouse is let go
+  stop.onpointerdown = e => { if (e.pointerType === 'mouse' && e.button === 0) end(); };
   clear.onclick = () => act({ type: 'clear' });
   return () => {
     const now = model.get('busy'), at = document.activeElement;
