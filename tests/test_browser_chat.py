@@ -182,17 +182,11 @@ def test_stream_stop_ask_again(page):
     assert cell.until(lambda t: t.count('A short answer.') == n + 1).count('with Enter') == 1
 
 def test_a_press_on_stop_counts_though_the_button_moves_away(page):
-    "The text above it grows: the mouse goes down on the button, and up on what has come into its place"
+    "The text above it grows: the mouse goes down on the button, and up on what has come into its place. A browser sees no click then"
     cell = Cell(page)
-    cell.press('clear'); cell.until(lambda t: not t.strip()); cell.idle()
-    cell.ask('a long one'); cell.until(lambda t: len(t) > 100)
-    button = cell.root.locator('.bar .stop')
-    box = button.bounding_box()
-    page.page.mouse.move(box['x'] + box['width']/2, box['y'] + 4); page.page.mouse.down()
-    end = time.monotonic() + 10
-    while time.monotonic() < end and button.is_enabled() and button.bounding_box()['y'] < box['y'] + 8: page.page.wait_for_timeout(20)
-    page.page.mouse.up()
-    cell.idle(20)
+    cell.ask('a long one'); cell.until(lambda t: t.count('A long answer') > 2)
+    cell.root.locator('.bar .stop').dispatch_event('pointerdown', dict(pointerType='mouse', button=0))
+    cell.idle()
 
 def test_hostile_text_stays_text(page):
     cell = Cell(page, 1)

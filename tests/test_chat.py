@@ -418,7 +418,7 @@ def test_keys_in_a_terminal(last):
         for _ in range(20):
             try: os.write(fd, key)
             except OSError: break
-            try: return until(word, 10)
+            try: return until(word, 60)
             except AssertionError: pass
         until(word)
     until(b'ready'); until(b'you> ')
@@ -428,7 +428,7 @@ def test_keys_in_a_terminal(last):
     os.write(fd, 'Größe 🙂?\n'.encode()); until('Groß. 🙂 Ende'.encode()); until(b'you> ')      # characters of several bytes, both ways
     os.write(fd, b'/retry\n'); until('Groß. 🙂 Ende'.encode()); until(b'the same reply again'); until(b'you> ')
     os.write(fd, b'\x1b[A\x1b[A\r'); until('Groß. 🙂 Ende'.encode()); until(b'you> ')                       # two lines up: the question again
-    if last == b'\x03': os.write(fd, b'half a line'); until(b'half a line'); press(last, b'to leave')          # at the prompt the first one only warns
+    if last == b'\x03': os.write(fd, b'half a line'); until(b'half a line'); press(last, b'to leave'); until(b'you> ')       # at the prompt the first one only warns
     press(last, b'LEFT ["user", "assistant", "user", "assistant", "user", "assistant", "user", "assistant"]')
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     os.close(fd)
