@@ -1,5 +1,5 @@
 "What several test files share: a micro data folder and tokenizer, and the run that runs/test.sh has made"
-import json, os, subprocess, sys
+import contextlib, json, os, random, socket, subprocess, sys, time
 from pathlib import Path
 import pytest
 from hypothesis import settings
@@ -15,6 +15,20 @@ def script(name, *args, base, **kw):
     env = {**os.environ, 'NANOCHAT_BASE_DIR': str(base), 'OMP_NUM_THREADS': '1'}
     return subprocess.run([sys.executable, '-m', f'nanochat.scripts.{name}', *map(str, args)], env=env, cwd=ROOT, capture_output=True,
                           text=True, timeout=900, **kw)
+
+def free_port():
+    "Below 32768, where the system takes the ports of connections from: nobody gets it before its server does"
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(('', port))
+            return port
+
+def reaches(metrics, step, *processes, seconds=300):
+    "Whether `step` comes into the record of a run while all its processes live; returns as soon as that is known"
+    end = time.monotonic() + seconds
+    while not (there := metrics.exists() and f'"step": {step},' in metrics.read_text()) and time.monotonic() < end and all(p.poll() is None for p in processes):
+        time.sleep(.01)
+    return there
 
 def result(run): return json.loads(run.stdout.splitlines()[-1])
 

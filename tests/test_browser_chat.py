@@ -2,8 +2,9 @@
 
 Skipped where Playwright or a Chromium is missing. `CHROMIUM` names another browser, `NANOCHAT_BROWSER_NOTEBOOK` a real
 notebook with a chat cell to drive too (its kernel gets the environment of this process, such as NANOCHAT_BASE_DIR)."""
-import contextlib, json, os, random, shutil, signal, socket, subprocess, sys, time, urllib.request
+import json, os, shutil, signal, subprocess, sys, time, urllib.request
 import nbformat, pytest
+from conftest import free_port
 
 pytestmark = pytest.mark.browser
 sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed: pip install nanochat[browser]')
@@ -48,13 +49,6 @@ two = ChatWidget(Chat(Scripted()))
 two''', '''
 real = ChatWidget(Chat(Engine(ScriptedModel(tok, {'Sky?': 'It is <|python_start|>6*7<|python_end|>42, <b>blue</b>.', 'Sea?': 'Wet.'}, max_len=2000), tok), pairs='pairs.jsonl'))
 real''']
-
-def free_port():
-    "Below 32768, where the system takes the ports of connections from: nobody gets it before JupyterLab does"
-    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
-        with socket.socket() as s, contextlib.suppress(OSError):
-            s.bind(('127.0.0.1', port))
-            return port
 
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):

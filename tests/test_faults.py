@@ -442,7 +442,7 @@ def test_fifty_kills_of_a_run(data, tmp_path):
 def test_torchrun_starts_the_dead_again(tmp_path, monkeypatch):
     "`--max-restarts`: one of two is killed by signal 9; torchrun starts both again, and the run ends as one that nobody disturbed"
     import signal
-    from conftest import MICRO, ROOT, script
+    from conftest import MICRO, ROOT, reaches, script
     for args in (('data', 'prepare', '--name', 'micro', '--docs', 300, '--val-docs', 20), ('tok_train', '--data', 'micro', '--tag', 'micro', '--vocab-size', 512)):
         assert script(*args, base=tmp_path).returncode == 0
     def start(tag): return subprocess.Popen(
@@ -454,8 +454,7 @@ def test_torchrun_starts_the_dead_again(tmp_path, monkeypatch):
         assert p.returncode == 0, err[-3000:]
         return json.loads(out.splitlines()[-1])
     straight, p = end(start('straight')), start('killed')
-    metrics, until = tmp_path/'base/killed/metrics.jsonl', time.time() + 300
-    while time.time() < until and not (metrics.exists() and '"step": 12,' in metrics.read_text()): time.sleep(.02)
+    assert reaches(tmp_path/'base/killed/metrics.jsonl', 12, p)
     workers = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(p.pid)], capture_output=True, text=True).stdout.split()
     rank = {int(w): dict(s.split('=', 1) for s in Path(f'/proc/{w}/environ').read_text().split('\0') if '=' in s).get('RANK') for w in workers}
     os.kill(next(pid for pid, r in rank.items() if r == '1'), signal.SIGKILL)

@@ -56,7 +56,6 @@ def test_the_cache_that_is_counted_is_the_cache_that_is_held():
     cache = model.new_cache(2, 16)
     assert B.step_bytes(model, [16, 16]) - 2*model.wte.weight[0].nbytes - model.lm_head.weight.nbytes - 4*model.num_params()['matrix'] == cache.nbytes
 
-@settings(deadline=None)
 @given(st.floats(1, 1e12), st.floats(1, 1e12), st.floats(1, 1e6), st.floats(1, 1e6))
 def test_no_floor_is_below_either_limit(b, f, read, products):
     s = B.floor_seconds(b, f, read, products)

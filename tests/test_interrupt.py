@@ -1,7 +1,7 @@
 "A run that is killed, whenever, goes on and ends with the numbers of a run that was not"
-import os, random, signal, subprocess, sys, time
+import os, random, signal, subprocess, sys
 import pytest
-from conftest import MICRO, ROOT, result, script
+from conftest import MICRO, ROOT, reaches, result, script
 
 SAME = ('steps', 'tokens', 'train_loss', 'val_bpb', 'val_loss', 'ledger')
 
@@ -10,10 +10,7 @@ def start(base, tag, step):
     env = {**os.environ, 'NANOCHAT_BASE_DIR': str(base), 'OMP_NUM_THREADS': '1'}
     p = subprocess.Popen([sys.executable, ROOT/'tests/slow_base_train.py', str(step), '1', *MICRO, '--tag', tag, '--save-every', '4'], env=env, cwd=ROOT,
                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    metrics, end = base/f'base/{tag}/metrics.jsonl', time.time() + 300
-    while not metrics.exists() or metrics.read_bytes().count(b'\n') < step:
-        assert time.time() < end and p.poll() is None, f'it ended with {p.poll()} before step {step}'
-        time.sleep(.01)
+    assert reaches(base/f'base/{tag}/metrics.jsonl', step, p), f'it ended with {p.poll()} before step {step}'
     return p
 
 @pytest.fixture(scope='module')

@@ -5,8 +5,7 @@ from hypothesis import given, settings, strategies as st
 from conftest import ROOT
 from nanochat.common import UserError, write_json
 from nanochat.laws import Law, _cost, _log_loss, fit_law, fit_series, grid, series, valleys
-from nanochat.scaling import recipe
-from nanochat.scripts.base_train import dial_settings
+from nanochat.scaling import dial_settings, recipe
 from nanochat.scripts.laws import _numbers
 
 N, C = (x.ravel() for x in np.meshgrid(np.geomspace(2e7, 5e9, 6), np.geomspace(1e18, 1e21, 5)))

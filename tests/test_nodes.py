@@ -1,23 +1,16 @@
 """Several machines: torchrun's rendezvous with two agents on this one. They make the run of one process; when a worker or a machine dies
 the other side ends by itself; with --max-restarts the run goes on from the newest checkpoint to the same result. A loss of node 0, which
 keeps the book of who is there, ends the others; the same lines again go on"""
-import contextlib, json, os, random, signal, socket, subprocess, sys, time
+import contextlib, json, os, signal, subprocess, sys
 from pathlib import Path
 import pytest
-from conftest import MICRO, ROOT, result, script
+from conftest import MICRO, ROOT, free_port, reaches, result, script
 from nanochat.record import read_metrics, series
 
 RUN = [*MICRO, '--batch-tokens', '1152', '--eval-every', '20', '--save-every', '5', '--seed', '3']
 TOGETHER = 300                                       # seconds that the agents may take, starting and restarting included
 SLOW = 'tests/slow_base_train.py'                    # from a step on it takes its time: a signal comes before the end however busy the machine is
 pytestmark = pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='looks for the workers of torchrun in /proc')
-
-def free_port():
-    "Below 32768, where the system takes the ports of connections from: nobody gets it before the agents do"
-    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
-        with socket.socket() as s, contextlib.suppress(OSError):
-            s.bind(('', port))
-            return port
 
 def tree(pid):
     "A process and all below it; the workers of torchrun are in sessions of their own"
@@ -71,11 +64,7 @@ def agents(micro, tmp_path):
 
 def reach(folder, step, agents):
     "Wait until `step` is in the record of a run"
-    end = time.time() + TOGETHER
-    while time.time() < end and all(a.process.poll() is None for a in agents):
-        if (folder/'metrics.jsonl').exists() and f'"step": {step},' in (folder/'metrics.jsonl').read_text(): return
-        time.sleep(.01)
-    pytest.fail('\n'.join(a.said() for a in agents))
+    if not reaches(folder/'metrics.jsonl', step, *(a.process for a in agents)): pytest.fail('\n'.join(a.said() for a in agents))
 
 def steps(folder): return [r['step'] for r in map(json.loads, (folder/'metrics.jsonl').read_text().splitlines()) if 'loss' in r]
 

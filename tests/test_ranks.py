@@ -1,7 +1,7 @@
 "Several processes make the run that one makes: the scripts under torchrun, over gloo, and back to one process"
-import json, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys
 import pytest
-from conftest import MICRO, ROOT, result, script
+from conftest import MICRO, ROOT, reaches, result, script
 from nanochat.record import read_metrics, series
 
 RUN = [*MICRO, '--batch-tokens', '1152', '--eval-every', '20', '--save-every', '10', '--seed', '3', '--eval-tokens', '150']      # 18 rows: 1, 2 and 3 processes
@@ -48,11 +48,10 @@ def stop_after(n, step, folder, base):
     env = {**os.environ, 'NANOCHAT_BASE_DIR': str(base), 'OMP_NUM_THREADS': '1', 'NANOCHAT_COMMAND': '1'}
     p = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={n}', ROOT/'tests/slow_base_train.py', str(step), '1',
                           *RUN, '--tag', 'elastic'], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    metrics, end = folder/'metrics.jsonl', time.time() + 300
-    while time.time() < end and p.poll() is None and not (metrics.exists() and f'"step": {step},' in metrics.read_text()): time.sleep(.02)
+    reached = reaches(folder/'metrics.jsonl', step, p)
     p.send_signal(signal.SIGTERM)
     out, _ = p.communicate(timeout=300)
-    assert p.returncode != 0 and f'"step": {step},' in metrics.read_text(), out
+    assert p.returncode != 0 and reached, out
     assert (folder/'checkpoints').is_dir(), out
 
 def test_a_mistake_ends_all_processes_with_one_sentence(micro):

@@ -1,7 +1,7 @@
 "The shell runs: each executed at its tiny setting, from the same flags and stages as the large one; and what they promise in their first lines"
 import importlib, json, os, re, subprocess, sys
 import pytest
-from conftest import ROOT
+from conftest import ROOT, reaches
 
 RUNS = ['speedrun.sh', 'run1000.sh', 'miniseries.sh', 'scaling_laws.sh']
 
@@ -178,12 +178,12 @@ def test_a_stage_that_fails_ends_the_run_with_one_sentence(base):
 @pytest.mark.slow
 def test_a_finished_run_is_skipped_and_a_stopped_one_goes_on(base, tmp_path):
     "SIGTERM to all its processes, as SLURM gives notice, then the same line again"
-    import signal, time
+    import signal
     env = {**os.environ, 'NANOCHAT_BASE_DIR': str(tmp_path), 'OMP_NUM_THREADS': '1'}
     args = ['bash', str(ROOT/'runs/speedrun.sh'), '--tiny', '--tokens-per-param', '5']
     p = subprocess.Popen(args, env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    metrics, end = tmp_path/'base/speedrun-tiny/metrics.jsonl', time.time() + 300
-    while time.time() < end and p.poll() is None and not (metrics.exists() and '"step": 60,' in metrics.read_text()): time.sleep(.02)
+    metrics = tmp_path/'base/speedrun-tiny/metrics.jsonl'
+    assert reaches(metrics, 60, p)
     os.killpg(p.pid, signal.SIGTERM)                                                     # hundreds of steps before the end
     p.wait(timeout=200)                                                                  # it waits for the save, so that the same line can follow
     assert p.returncode != 0 and list((tmp_path/'base/speedrun-tiny/checkpoints').glob('step-*'))

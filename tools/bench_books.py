@@ -22,8 +22,7 @@ from nanochat.dataset import write_shards
 from nanochat.gpt import GPT
 from nanochat.head import bits_per_byte
 from nanochat.optim import make_optimizer
-from nanochat.scaling import gpt_config, recipe, set_schedule
-from nanochat.scripts.base_train import dial_settings
+from nanochat.scaling import dial_settings, gpt_config, recipe, set_schedule
 from nanochat.tokenizer import train_bpe
 from nanochat.train import train_step
 

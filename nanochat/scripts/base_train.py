@@ -146,16 +146,16 @@ def rehearse(r, source, folder, device, precision:str) -> dict: # the plan
     return p
 
 # %% ../../nbs/35_base_train.ipynb #base-train-asked
-def _asked(depth, data, tokenizer, max_len, eval_tokens, seed, device, precision, attention, on_bad, overrides) -> tuple: # recipe, tokenizer, config
+def _asked(depth, data, tokenizer, max_len, eval_tokens, seed, device, precision, attention, on_bad, overrides) -> tuple: # recipe, tokenizer, manifest of the data, config
     "What a run is asked to be, for its `config.json`. UserError for all that would refuse it later"
     tok, source = Tokenizer.load(run_dir('tokenizer', tokenizer)), run_dir('data', data)
-    read_manifest(source)
+    manifest = read_manifest(source)
     r, precision = recipe(depth, tok.n_vocab, max_len, **overrides), pick_precision(precision, device)
     if on_bad not in ('skip', 'stop', 'rollback'): raise UserError(f'--on-bad {on_bad} is none of skip, stop, rollback')
     if not isinstance(eval_tokens, int) or eval_tokens < 1: raise UserError(f'--eval-tokens {eval_tokens} is no whole number of 1 or more')
     share_of_rank(r, ranks().world_size)
     pick_kernel(attention, device, torch.float32 if precision == 'fp32' else torch.bfloat16)
-    return r, tok, dict(recipe=r.to_dict(), data=data, data_sha256=sha256_file(source/'manifest.json'), tokenizer=tok.hash,
+    return r, tok, manifest, dict(recipe=r.to_dict(), data=data, data_sha256=sha256_file(source/'manifest.json'), tokenizer=tok.hash,
                         eval_tokens=eval_tokens, seed=seed, precision=precision)
 
 # %% ../../nbs/35_base_train.ipynb #base-train
@@ -169,7 +169,7 @@ def base_train(
 ) -> dict: # the result, as it stands in result.json
     "Pretrain a model of `depth` layers on the train split of a data folder."
     device, source, tok_tag = pick_device(device), run_dir('data', data), tokenizer or tag
-    r, tok, config = _asked(depth, data, tok_tag, max_len, eval_tokens, seed, device, precision, attention, on_bad, overrides)
+    r, tok, manifest, config = _asked(depth, data, tok_tag, max_len, eval_tokens, seed, device, precision, attention, on_bad, overrides)
     precision = config['precision']
     if dry_run: return rehearse(r, source, run_dir('base', tag), device, precision)
     with join_ranks(device), lock(folder := run_dir('base', tag)):
@@ -182,7 +182,7 @@ def base_train(
         stats = train(model, optimizer, loader, r, run, (tok_tag, tok.hash), evaluator(model, source, tok, r, eval_tokens),
                       eval_every, save_every, on_step, looks, on_bad, keep, peak_flops(device, precision))
         return run.finish(dict(stage='base', tag=tag, data=data, tokenizer=tok_tag, depth=depth, params=model.num_params()['total'],
-                               **engines, **stats, floor_bpb=read_manifest(source)['meta'].get('entropy_bits_per_byte'), marks=theory_marks(source, tok),
+                               **engines, **stats, floor_bpb=manifest['meta'].get('entropy_bits_per_byte'), marks=theory_marks(source, tok),
                                ledger=loader.ledger, peak_memory_mb=peak_memory_mb(device), environment=environment()))
 
 # %% ../../nbs/35_base_train.ipynb #main

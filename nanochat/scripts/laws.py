@@ -10,7 +10,7 @@ from fastcore.script import call_parse
 from ..common import UserError, as_command, base_dir, print_result, write_json
 from ..laws import Fit, fit_series, grid, series, valleys
 from ..plan import data_need
-from .base_train import dial_settings
+from ..scaling import dial_settings
 
 # %% ../../nbs/80a_analysis.ipynb #numbers
 def _numbers(flag, text, kind):
